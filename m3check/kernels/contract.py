@@ -1,0 +1,290 @@
+"""How a kernel is called: the keyword arguments of each op, built from logical inputs, and what must come back.
+
+Providers that keep these names need no adapter code: a parameter that a function does not take is not passed, and one that
+m3check does not know is an error that lists the known ones. `m3check kernels --signatures` prints SIGNATURES.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from m3check.types import BLOCK, OPS, Inputs, Kernel, M3CheckError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from m3check.paging import Guard, Poison, Run
+
+PARAMETERS: Mapping[str, str] = {
+    "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
+    "index_kv_cache": "[pages, 128, D] cache dtype: index keys, shared by all index heads",
+    "block_table": "[R, columns] int32: page of each logical block; columns past a request's last block name poisoned pages",
+    "cu_seqlens_q": "[R + 1] int32: first query row of each request, then T",
+    "seq_lens": "[R] int32: visible tokens of each request, its queries included; 0 is a padded row (decode)",
+    "prefix_lens": "[R] int32: tokens before the first query: seq_lens - query lengths",
+    "max_query_len": "int: longest query length of the batch",
+    "max_seq_len": "int: at least the longest visible length",
+    "num_kv_heads": "int: KV heads, also the index heads",
+    "topk": "int: ids of each row",
+    "init_blocks": "int: the first blocks that are always taken",
+    "local_blocks": "int: the last visible blocks that are always taken, the query's own included",
+    "decode_query_len": "int: query tokens of every request of a decode batch",
+    "max_decode_query_len": "int: at least decode_query_len; the graph was captured for it",
+    "score": "[H, T, K] fp32, any strides: block scores; cells of invisible blocks are undefined",
+    "q": "[T, Hq, D] query dtype, any strides: attention queries",
+    "kv_cache": "[pages, Hkv, 128, 2D] cache dtype, any strides: keys in the first D channels, values in the others",
+    "topk_idx": "[H, T, topk] int32, any strides: logical block ids, -1 for an unused slot",
+    "sm_scale": "float: the logits are q·k times this",
+    "k_scale": "None, [1] or [Hkv, pages * 128] fp32: what an fp8 key is multiplied by",
+    "v_scale": "likewise for values",
+    "out": "[H, >= T, topk] int32: where to write the ids (optional)",
+    "score_out": "[H, T, >= K] fp32, any strides: where to write the scores (optional)",
+    "output": "[T, Hq, D], any strides: where to write the attention output",
+}
+
+SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {  # op: (parameters, what comes back)
+    "index_score": (
+        ("idx_q", "index_kv_cache", "block_table", "cu_seqlens_q", "seq_lens", "prefix_lens", "max_query_len", "max_seq_len",
+         "num_kv_heads"),
+        "[H, T, >= K] fp32; cells of blocks that a query does not see are -inf or left alone",
+    ),
+    "index_topk": (
+        ("score", "cu_seqlens_q", "prefix_lens", "max_query_len", "topk", "init_blocks", "local_blocks", "out"),
+        "[H, T, topk] int32, -1 in unused slots",
+    ),
+    "index_decode_score": (
+        ("idx_q", "index_kv_cache", "block_table", "seq_lens", "max_seq_len", "init_blocks", "local_blocks", "num_kv_heads",
+         "decode_query_len", "max_decode_query_len", "score_out"),
+        "[H, T, >= K] fp32; forced cells hold 1e30 (init) or 1e29 (local)",
+    ),
+    "index_decode": (
+        ("idx_q", "index_kv_cache", "block_table", "seq_lens", "max_seq_len", "topk", "init_blocks", "local_blocks",
+         "num_kv_heads", "decode_query_len", "max_decode_query_len", "out", "score_out"),
+        "[H, T, topk] int32, -1 in unused slots",
+    ),
+    "sparse_attn": (
+        ("q", "kv_cache", "topk_idx", "block_table", "cu_seqlens_q", "seq_lens", "prefix_lens", "max_query_len",
+         "num_kv_heads", "sm_scale", "output", "k_scale", "v_scale"),
+        "None, or [T, Hq, D]",
+    ),
+    "sparse_attn_decode": (
+        ("q", "kv_cache", "topk_idx", "block_table", "seq_lens", "num_kv_heads", "sm_scale", "output", "decode_query_len",
+         "k_scale", "v_scale"),
+        "None, or [T, Hq, D]",
+    ),
+}  # fmt: skip
+
+OPTIONAL = frozenset({"out", "score_out", "k_scale", "v_scale", "max_decode_query_len"})
+
+
+class BrokenContract(M3CheckError):
+    """A kernel that cannot be called, or whose result has the wrong shape or dtype."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The physical choices of one call that must not change its result."""
+
+    poison: Poison = "nan"
+    salt: str = ""  # another page order
+    max_seq_len: int = 0  # 0: the batch's own longest
+
+
+def check_signature(op: str, function: Callable[..., Any], name: str) -> frozenset[str]:
+    """The keywords to pass; raises BrokenContract for a parameter that the op's contract does not have."""
+    known = SIGNATURES[op][0]
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return frozenset(known)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return frozenset(known)
+    for parameter in parameters.values():
+        if parameter.name not in known and parameter.default is parameter.empty:
+            raise BrokenContract(
+                f"{name} has a parameter {parameter.name!r} that {op} does not provide; it may take: {', '.join(known)} "
+                "(see m3check kernels --signatures)"
+            )
+    accepted = frozenset(p for p in known if p in parameters)
+    missing = [p for p in known if p not in accepted and p not in OPTIONAL and p not in {"max_query_len", "max_seq_len"}]
+    missing = [p for p in missing if p not in {"num_kv_heads", "seq_lens", "output"}]
+    if missing:
+        raise BrokenContract(f"{name} lacks the parameter(s) {', '.join(missing)} of {op} (see m3check kernels --signatures)")
+    return accepted
+
+
+def call(kernel: Kernel, inputs: Inputs, world: World = World()) -> Run:
+    """Run one kernel (or, for a chain, its parts in order) on physical tensors made from `inputs`."""
+    if OPS[kernel.op].chain:
+        return _call_chain(kernel, inputs, world)
+    return _call_one(kernel, inputs, world, upstream={})
+
+
+def _call_chain(kernel: Kernel, inputs: Inputs, world: World) -> Run:
+    from m3check.paging import Run
+
+    total = Run({})
+    upstream: dict[str, Tensor] = {}
+    for op in OPS[kernel.op].chain:
+        run = _call_one(kernel.parts[op], inputs, world, upstream)
+        total.outputs |= run.outputs
+        total.guards += run.guards
+        total.frozen += run.frozen
+        total.beyond |= run.beyond
+    return total
+
+
+def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, Tensor]) -> Run:
+    from m3check import paging
+
+    op, case = kernel.op, inputs.case
+    accepted = check_signature(op, kernel.function, kernel.name)
+    device = next(t for t in (inputs.idx_q, inputs.q, inputs.scores) if t is not None).device
+    phase = OPS[op].phase
+    reads_index = "index_kv_cache" in SIGNATURES[op][0]
+    salted = replace(case, op="") if not world.salt else replace(case, op=world.salt)
+    pages = paging.Pages.shuffled(salted, "index" if reads_index else "main", device)
+    query_len = max(case.query_lens, default=0)
+    starts = [request.query_start for request in case.requests()] + [case.total_queries]
+
+    arguments: dict[str, Any] = {
+        "block_table": pages.table,
+        "cu_seqlens_q": paging.lengths(starts, device),
+        "seq_lens": paging.lengths(case.kv_lens, device),
+        "prefix_lens": paging.lengths([request.prefix for request in case.requests()], device),
+        "max_query_len": query_len,
+        "max_seq_len": world.max_seq_len or max(case.context, 1),
+        "num_kv_heads": case.kv_heads,
+        "topk": case.topk,
+        "init_blocks": case.init_blocks,
+        "local_blocks": case.local_blocks,
+        "decode_query_len": query_len,
+        "max_decode_query_len": max(case.max_query_len, query_len),
+        "sm_scale": inputs.sm_scale,
+    }
+    if reads_index:
+        arguments["idx_q"] = _owned_copy(inputs.idx_q)
+        arguments["index_kv_cache"] = paging.pack_index_cache(inputs, pages, world.poison)
+    if op == "index_topk":
+        arguments["score"] = upstream["score"] if "score" in upstream else _physical_scores(inputs)
+    if "q" in SIGNATURES[op][0]:
+        arguments["q"] = _queries(inputs)
+        arguments["kv_cache"] = paging.pack_main_cache(inputs, pages, kernel.profile.kv_layout, world.poison)
+        arguments["topk_idx"] = upstream["ids"] if "ids" in upstream else _owned_copy(inputs.topk_idx)
+        arguments["k_scale"] = paging.pack_scale(inputs.k_scale, case, pages, world.poison)
+        arguments["v_scale"] = paging.pack_scale(inputs.v_scale, case, pages, world.poison)
+
+    run = paging.Run({})
+    frozen_names = ("idx_q", "index_kv_cache", "score", "q", "kv_cache", "topk_idx", "k_scale", "v_scale", "block_table",
+                    "cu_seqlens_q", "seq_lens", "prefix_lens")  # fmt: skip
+    watched = [name for name in frozen_names if name in accepted and arguments.get(name) is not None]
+    run.frozen = [paging.Frozen.of(name, arguments[name]) for name in watched]
+    buffers = _buffers(op, inputs, accepted, device)
+    run.guards = list(buffers.values())
+    arguments |= {name: guard.view for name, guard in buffers.items()}
+
+    returned = kernel.function(**{name: arguments[name] for name in accepted if name in arguments})
+    name = next(o for o in OPS[op].outputs)
+    buffer = next(iter(buffers.values()), None)
+    if returned is None and buffer is None:
+        raise BrokenContract(f"{kernel.name} returned None and takes no buffer; {op} returns {SIGNATURES[op][1]}")
+    result = returned if returned is not None else buffer.view  # type: ignore[union-attr]
+    upstream[name] = result
+    _take(run, kernel, name, result, inputs)
+    assert phase in ("prefill", "decode")
+    return run
+
+
+def _take(run: Run, kernel: Kernel, name: str, result: Any, inputs: Inputs) -> None:
+    """Check a result's shape and dtype, and cut it to its logical cells."""
+    import torch
+
+    case = inputs.case
+    wanted: tuple[tuple[int, ...], tuple[torch.dtype, ...]] = {
+        "score": ((case.kv_heads, case.total_queries, case.block_columns), (torch.float32,)),
+        "ids": ((case.kv_heads, case.total_queries, case.topk), (torch.int32, torch.int64)),
+        "out": ((case.total_queries, case.heads, case.head_dim), (inputs.q.dtype,) if inputs.q is not None else ()),
+    }[name]
+    shape, dtypes = wanted
+    if not isinstance(result, torch.Tensor):
+        raise BrokenContract(f"{kernel.name} returned {type(result).__name__}, wanted a tensor {list(shape)}")
+    fits = result.dim() == len(shape) and result.shape[:-1] == shape[:-1]
+    fits = fits and (result.shape[-1] >= shape[-1] if name == "score" else result.shape[-1] == shape[-1])
+    if name == "ids" and result.dim() == 3:  # rows past T belong to somebody else
+        fits = result.shape[0] == shape[0] and result.shape[1] >= shape[1] and result.shape[2] == shape[2]
+    if not fits:
+        raise BrokenContract(f"{kernel.name} gave {name} of shape {list(result.shape)}, wanted {list(shape)}")
+    if result.dtype not in dtypes:
+        raise BrokenContract(f"{kernel.name} gave {name} as {result.dtype}, wanted {dtypes[0]}")
+    if name == "score":
+        run.beyond[name] = result[..., shape[-1] :].detach().clone()
+        result = result[..., : shape[-1]]
+    if name == "ids":
+        result = result[:, : shape[1]]
+    run.outputs[name] = result.detach().clone()
+
+
+def _buffers(op: str, inputs: Inputs, accepted: frozenset[str], device: Any) -> dict[str, Guard]:
+    """The buffers that a kernel writes into, by keyword, the one that holds its result first."""
+    from m3check import paging
+
+    case, strided = inputs.case, inputs.case.layout == "pool"
+    buffers: dict[str, Guard] = {}
+    if "output" in accepted:
+        assert inputs.q is not None
+        shape = [case.total_queries, case.heads, case.head_dim]
+        buffers["output"] = paging.guarded("output", shape, float("nan"), inputs.q.dtype, device, strided=strided)
+    if "out" in accepted:
+        import torch
+
+        shape = [case.kv_heads, case.total_queries, case.topk]
+        buffers["out"] = paging.guarded("out", shape, paging.IMPOSSIBLE_ID, torch.int32, device, strided=strided)
+    if "score_out" in accepted:
+        import torch
+
+        shape = [case.kv_heads, case.total_queries, -(-case.block_columns // 16) * 16]
+        buffers["score_out"] = paging.guarded("score_out", shape, float("nan"), torch.float32, device, strided=strided)
+    return buffers
+
+
+def _queries(inputs: Inputs) -> Tensor:
+    """Attention queries; in a pool layout they are a slice of a fused QKV row, as a model would have them."""
+    import torch
+
+    q, case = inputs.q, inputs.case
+    assert q is not None
+    if case.layout != "pool":
+        return q.clone()
+    fused = torch.full(
+        (case.total_queries, case.heads + 2 * case.kv_heads, case.head_dim), float("nan"), dtype=q.dtype, device=q.device
+    )
+    fused[:, : case.heads] = q
+    return fused[:, : case.heads]
+
+
+def _owned_copy(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.clone()
+
+
+def _physical_scores(inputs: Inputs) -> Tensor:
+    """Scores [H, T, K] with 16-divisible rows; cells of invisible blocks hold NaN, which a kernel must not read."""
+    import torch
+
+    scores, case = inputs.scores, inputs.case
+    assert scores is not None
+    columns = max(16, -(-case.block_columns // 16) * 16)
+    wide = torch.full((*scores.shape[:2], columns), float("nan"), dtype=torch.float32, device=scores.device)
+    wide[..., : case.block_columns] = scores
+    block = torch.arange(case.block_columns, device=scores.device)
+    for request in case.requests():
+        for i in range(request.query_len):
+            row = wide[:, request.query_start + i, : case.block_columns]
+            row[:, block >= request.visible_blocks(i)] = float("nan")
+    return wide
+
+
+assert BLOCK == 128

@@ -1,0 +1,227 @@
+"""From logical tokens to a provider's physical memory: cache layouts, block tables, poison, canaries.
+
+A kernel never sees logical tensors and a reference never sees a page table; this file is the only bridge. Every byte that
+no live token owns holds poison, pages are shuffled, and what a kernel may write stands inside a larger buffer whose other
+cells are watched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m3check.types import BLOCK, DTYPES, Case, Inputs, blocks
+
+Poison = Literal["nan", "garbage"]
+
+GARBAGE = 1.5e4
+"""Large and finite in every cache dtype but e4m3, which saturates it to its own largest value."""
+
+IMPOSSIBLE_ID = -7777
+"""Prefilled into id buffers: no kernel writes it, so an unwritten slot is seen."""
+
+POOL_LAYERS = 3
+MARGIN = 256
+"""Watched elements on each side of a buffer; a multiple of 16 bytes in every dtype, so that alignment is kept."""
+
+SPARE_PAGES = 4
+TABLE_MARGIN = 4
+"""int32 columns left of a block table's row: 16 bytes, so that the row keeps the alignment of a fresh one."""
+
+
+def torch_dtype(word: str) -> torch.dtype:
+    """The torch dtype of a dtype word of case ids, e.g. `bf16`."""
+    dtype: torch.dtype = getattr(torch, DTYPES[word])
+    return dtype
+
+
+def poison_value(dtype: torch.dtype, poison: Poison) -> float:
+    """The value that fills memory which no live token owns."""
+    if poison == "nan":
+        return float("nan")
+    return min(GARBAGE, float(torch.finfo(dtype).max))
+
+
+def filled(shape: Sequence[int], value: float, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A new tensor of one value; goes through bytes where torch cannot fill an fp8 dtype."""
+    if dtype.itemsize == 1 and dtype.is_floating_point:
+        code = torch.tensor(value).to(dtype).view(torch.uint8).item()
+        return torch.full(tuple(shape), int(code), dtype=torch.uint8, device=device).view(dtype)
+    return torch.full(tuple(shape), value, dtype=dtype, device=device)
+
+
+def words(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, so that NaN equals itself in comparisons."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.view(integer)
+
+
+class Guard:
+    """A buffer that a kernel may write, inside a larger one whose every other cell must keep its bits."""
+
+    def __init__(self, name: str, backing: Tensor, view: Tensor, owned: Tensor) -> None:
+        self.name = name
+        self.view = view
+        self._backing = backing
+        self._before = backing.clone()
+        self._owned = owned  # bool, shaped like backing: cells that the kernel may write
+
+    def overwritten(self) -> list[int]:
+        """Flat positions of cells outside the view that changed, relative to the view's first element."""
+        changed = (words(self._backing) != words(self._before)) & ~self._owned
+        return [int(i) - self.view.storage_offset() for i in changed.nonzero().flatten()[:8]]
+
+
+def guarded(
+    name: str, shape: Sequence[int], value: float, dtype: torch.dtype, device: torch.device | str, *, strided: bool = False
+) -> Guard:
+    """A watched buffer prefilled with `value`; `strided` leaves foreign cells after each innermost row as well."""
+    *outer, inner = shape
+    width = inner + 16 if strided else inner
+    count = width
+    for n in outer:
+        count *= n
+    backing = filled([count + 2 * MARGIN], value, dtype, device)
+    view = backing[MARGIN : MARGIN + count].view(*outer, width)[..., :inner]
+    owned = torch.zeros(backing.shape, dtype=torch.bool, device=device)
+    owned[MARGIN : MARGIN + count].view(*outer, width)[..., :inner] = True
+    return Guard(name, backing, view, owned)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An input that a kernel must not write: its storage and a copy of it."""
+
+    name: str
+    tensor: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Frozen:
+        """Watch a tensor's whole storage, cells outside its view included."""
+        whole = torch.tensor([], dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
+        return cls(name, whole, whole.clone())
+
+    def changed(self) -> int:
+        """How many elements of the storage have other bits than before."""
+        return int((words(self.tensor) != words(self.before)).sum())
+
+
+@dataclass
+class Run:
+    """One call of a kernel: its results in logical form, and the memory that was watched meanwhile."""
+
+    outputs: dict[str, Tensor]
+    guards: list[Guard] = field(default_factory=list)
+    frozen: list[Frozen] = field(default_factory=list)
+    beyond: dict[str, Tensor] = field(default_factory=dict)
+    """Cells that a returned tensor has past the logical shape, by output name."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where each logical block lives: shuffled page ids in a table cut out of a wider one.
+
+    Columns past a request's last block, and the cells around the table, name a valid page that holds only poison: a kernel
+    that follows them computes something wrong instead of crashing.
+    """
+
+    table: Tensor  # [R, columns] int32
+    count: int  # pages in all
+
+    @classmethod
+    def shuffled(cls, case: Case, salt: str, device: torch.device | str) -> Pages:
+        """Page ids drawn from the case alone; `salt` makes the index and the main cache differ."""
+        owned = sum(blocks(n) for n in case.kv_lens)
+        count = owned + SPARE_PAGES
+        key = int.from_bytes(hashlib.sha256(f"{case!r}/{salt}".encode()).digest()[:8], "little") >> 1
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(key)).to(torch.int32)
+        poisoned = int(order[-1])
+        columns = case.block_columns + 2
+        width = -(-(columns + TABLE_MARGIN) // 16) * 16
+        wide = torch.full((len(case.kv_lens) + 2, width), poisoned, dtype=torch.int32)
+        start = 0
+        for row, n in enumerate(case.kv_lens, start=1):
+            wide[row, TABLE_MARGIN : TABLE_MARGIN + blocks(n)] = order[start : start + blocks(n)]
+            start += blocks(n)
+        table = wide.to(device)[1:-1, TABLE_MARGIN : TABLE_MARGIN + columns]
+        return cls(table, count)
+
+    def slots(self, case: Case) -> Tensor:
+        """Physical slot (page · 128 + offset) of each of the N logical tokens, int64."""
+        parts = []
+        for request in case.requests():
+            token = torch.arange(request.kv_len, device=self.table.device)
+            parts.append(self.table[request.index, token // BLOCK].long() * BLOCK + token % BLOCK)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.table.device)
+
+
+def pack_index_cache(inputs: Inputs, pages: Pages, poison: Poison) -> Tensor:
+    """Index keys [N, D] as the index cache [page, 128, D], poison wherever no token lives."""
+    keys = inputs.idx_k
+    assert keys is not None
+    layers = POOL_LAYERS if inputs.case.layout == "pool" else 1
+    storage = filled(
+        [pages.count, layers, BLOCK, keys.shape[-1]], poison_value(keys.dtype, poison), keys.dtype, keys.device
+    )
+    cache = storage[:, layers // 2]
+    slots = pages.slots(inputs.case)
+    _bytes(cache)[slots // BLOCK, slots % BLOCK] = _bytes(keys)
+    return cache
+
+
+def pack_main_cache(inputs: Inputs, pages: Pages, kv_layout: str, poison: Poison) -> Tensor:
+    """Keys and values [N, Hkv, D] as the main cache, in the provider's layout and the case's memory order.
+
+    `packed` gives [page, Hkv, 128, 2D] with keys in the first D channels; `split` gives [page, 2, 128, Hkv, D].
+    """
+    k, v, case = inputs.k, inputs.v, inputs.case
+    assert k is not None and v is not None
+    heads, dim = k.shape[1:]
+    layers = POOL_LAYERS if case.layout == "pool" else 1
+    if kv_layout == "packed":
+        # logical view: page, head, token, channel
+        order = (0, 1, 3, 2, 4) if case.layout == "nhd" else (0, 1, 2, 3, 4)
+        shape = [pages.count, layers, heads, BLOCK, 2 * dim]
+    else:
+        # logical view: page, k or v, token, head, channel
+        order = (0, 1, 2, 3, 4, 5) if case.layout == "nhd" else (0, 1, 2, 4, 3, 5)
+        shape = [pages.count, layers, 2, BLOCK, heads, dim]
+    stored = [shape[axis] for axis in order]
+    storage = filled(stored, poison_value(k.dtype, poison), k.dtype, k.device)
+    cache = storage.permute(*(order.index(axis) for axis in range(len(order))))[:, layers // 2]
+    slots = pages.slots(case)
+    page, offset, raw = slots // BLOCK, slots % BLOCK, _bytes(cache)
+    if kv_layout == "packed":
+        raw[page, :, offset, :dim] = _bytes(k)
+        raw[page, :, offset, dim:] = _bytes(v)
+    else:
+        raw[page, 0, offset] = _bytes(k)
+        raw[page, 1, offset] = _bytes(v)
+    return cache
+
+
+def pack_scale(scale: Tensor | None, case: Case, pages: Pages, poison: Poison) -> Tensor | None:
+    """A scale as kernels take it: one element, or [Hkv, pages · 128] by physical slot; poison where no token lives."""
+    if scale is None:
+        return None
+    if scale.dim() == 0:
+        return scale.reshape(1).clone()
+    packed = filled([scale.shape[1], pages.count * BLOCK], poison_value(scale.dtype, poison), scale.dtype, scale.device)
+    packed[:, pages.slots(case)] = scale.T
+    return packed
+
+
+def lengths(values: Sequence[int], device: torch.device | str) -> Tensor:
+    """Scalar metadata as kernels take it: int32."""
+    return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # Indexed assignment is not implemented for fp8 dtypes on every device; bits are copied, not values.
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
