@@ -74,7 +74,13 @@ OPS: Mapping[str, Op] = {
         Op("index_decode", "decode", ("ids",), "decode block scores and their selection"),
         Op("sparse_attn", "prefill", ("out",), "causal softmax attention over the listed blocks"),
         Op("sparse_attn_decode", "decode", ("out",), "the same for the last query_len tokens of each request"),
-        Op("prefill", "prefill", ("score", "ids", "out"), "score, select, attend", ("index_score", "index_topk", "sparse_attn")),
+        Op(
+            "prefill",
+            "prefill",
+            ("score", "ids", "out"),
+            "score, select, attend",
+            ("index_score", "index_topk", "sparse_attn"),
+        ),
         Op("decode", "decode", ("ids", "out"), "score and select, attend", ("index_decode", "sparse_attn_decode")),
     )
 }

@@ -112,7 +112,9 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
     missing = [p for p in known if p not in accepted and p not in OPTIONAL and p not in {"max_query_len", "max_seq_len"}]
     missing = [p for p in missing if p not in {"num_kv_heads", "seq_lens", "output"}]
     if missing:
-        raise BrokenContract(f"{name} lacks the parameter(s) {', '.join(missing)} of {op} (see m3check kernels --signatures)")
+        raise BrokenContract(
+            f"{name} lacks the parameter(s) {', '.join(missing)} of {op} (see m3check kernels --signatures)"
+        )
     return accepted
 
 
