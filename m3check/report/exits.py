@@ -1,0 +1,90 @@
+"""The exit code of a run: pytest's numbers, and nothing that ran is never success."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from m3check.types import RED, STRICTLY_RED, Evidence, Exit, Record, Result, Status
+
+OK = 0
+RED_RESULTS = 1
+INTERRUPTED = 2
+INTERNAL = 3
+USAGE = 4
+NOTHING_RAN = 5
+
+MEANING = {
+    OK: "every named provider gave results and none is red",
+    RED_RESULTS: "failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive)",
+    INTERRUPTED: "interrupted",
+    INTERNAL: "internal error",
+    USAGE: "usage, or a named provider cannot be found",
+    NOTHING_RAN: "nothing ran, or nothing for a named provider",
+}
+
+
+def judge(
+    results: Iterable[Result], named: Sequence[str], *, strict: bool = False, require: Evidence | None = None
+) -> Exit:
+    """The exit of a finished run.
+
+    `named` are the providers as the user named them; results of others never change the code. With `require` only results
+    of that evidence count as having run. Red weighs more than missing: a run that is both exits 1 and says both.
+    """
+    counted = [r for r in results if any(belongs(r.provider, name) for name in named)]
+    ran = [r for r in counted if r.status is not Status.SKIPPED and (require is None or r.evidence == require)]
+    red = Counter(word for r in counted for word in [red_word(r, strict)] if word)
+    silent = [name for name in named if not any(belongs(r.provider, name) for r in ran)]
+    kind = f"{require} " if require else ""
+    missing = f"no {kind}result for {', '.join(silent)}" if silent and ran else ""
+    if red:
+        worst = ", ".join(f"{n} {word}" for word, n in sorted(red.items(), key=lambda item: (-item[1], item[0])))
+        reason = f"{worst} of {len(ran)} results" + (f"; {missing}" if missing else "")
+        return Exit(RED_RESULTS, reason)
+    if not ran:
+        return Exit(NOTHING_RAN, _why_nothing(counted, kind))
+    if missing:
+        return Exit(NOTHING_RAN, f"{missing}; {len(ran)} results of the others, none red")
+    weak = Counter(r.status.value for r in ran if r.status is not Status.PASSED)
+    aside = "".join(f", {n} {word}" for word, n in sorted(weak.items()))
+    noted = sum(any(f.status is Status.NOTED for f in r.findings) for r in ran)
+    aside += f", {noted} with notes" if noted else ""
+    return Exit(OK, f"{len(ran)} results, none red{aside}")
+
+
+def red_word(result: Result, strict: bool) -> str:
+    """The status that makes a result red, or an empty string."""
+    if result.status in RED:
+        return result.status.value
+    if strict and result.status in STRICTLY_RED:
+        return result.status.value
+    if strict and any(f.status in STRICTLY_RED for f in result.findings):
+        return Status.NOTED.value
+    return ""
+
+
+def belongs(provider: str, name: str) -> bool:
+    """Whether a result's provider is the one that was named; a name without a version stands for any version."""
+    return provider == name or provider.startswith(f"{name}==")
+
+
+def strict(record: Record) -> bool:
+    """Whether the run was asked to be strict, so that reports call red what made its exit code."""
+    return "--strict" in record.command.split()
+
+
+def summarise(results: Iterable[Result]) -> dict[str, int]:
+    """{status: count} in the order of Status, without zeros."""
+    counts = Counter(result.status for result in results)
+    return {status.value: counts[status] for status in Status if counts[status]}
+
+
+def _why_nothing(counted: Sequence[Result], kind: str) -> str:
+    if not counted:
+        return "nothing ran: no case was selected"
+    skipped = [r for r in counted if r.status is Status.SKIPPED]
+    if len(skipped) < len(counted):
+        return f"nothing ran that counts: no {kind}result among {len(counted)}"
+    reason, n = Counter(r.reason for r in skipped).most_common(1)[0]
+    return f"nothing ran: all {len(skipped)} skipped" + (f", {n} because: {reason}" if reason else "")

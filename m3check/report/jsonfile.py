@@ -1,0 +1,183 @@
+"""report.json: records written, read and described by a schema.
+
+JSON has no numbers for NaN and the infinities, so `measured` and `limit` hold the strings "nan", "inf" and "-inf" there; the
+reader turns them back. Figures are written with seven significant digits. Keys that a reader does not know are ignored, so
+a later minor version may add some.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from m3check.types import DTYPES, M3CheckError, Record, Result
+
+SCHEMA_VERSION = "1.0"
+
+NAME = "report.json"
+NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+DIGITS = 7
+
+
+def dumps(record: Record) -> str:
+    """A record as JSON text, one result a line, so that `grep` and `diff` work on it."""
+    import msgspec
+
+    head = _plain(msgspec.to_builtins(record))
+    results = head.pop("results")
+    lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in head.items()]
+    body = ",\n".join(_compact(result) for result in results)
+    lines.append('"results": [' + (f"\n{body}\n" if body else "") + "]")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def loads(text: str | bytes, origin: str = "the record") -> Record:
+    """The record in `text`. Raises M3CheckError in a sentence where it is none, or of a version that cannot be read."""
+    import msgspec
+
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise M3CheckError(f"{origin} is not a record: no valid JSON ({error})") from None
+    if not isinstance(data, dict) or "schema_version" not in data:
+        raise M3CheckError(f"{origin} is not a record: it has no schema_version")
+    version = str(data["schema_version"])
+    if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+        raise M3CheckError(f"{origin} has schema {version}; this m3check reads {SCHEMA_VERSION.split('.')[0]}.x")
+    try:
+        return msgspec.convert(_revived(data), Record)
+    except msgspec.ValidationError as error:
+        raise M3CheckError(f"{origin} is not a record of schema {version}: {error}") from None
+
+
+def read(path: Path | str) -> Record:
+    """The record in a file, or in the report.json of a folder."""
+    path = Path(path)
+    if path.is_dir():
+        path /= NAME
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise M3CheckError(f"{path} cannot be read: {error.strerror}") from None
+    return loads(text, str(path))
+
+
+def dump_result(result: Result) -> str:
+    """One result as one line of a journal, without the line's end."""
+    import msgspec
+
+    return _compact(_plain(msgspec.to_builtins(result)))
+
+
+def load_result(line: str | bytes) -> Result:
+    """A result from a journal's line; raises ValueError where the line was cut off, as the last one of a killed run is."""
+    import msgspec
+
+    data = json.loads(line)
+    if not isinstance(data, dict):
+        raise ValueError(f"not a result: {line!r}")
+    return msgspec.convert(_revive_findings(data), Result)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of report.json."""
+    import msgspec
+
+    made: dict[str, Any] = msgspec.json.schema(Record)
+    parts = made["$defs"]
+    number = {"anyOf": [{"type": "number"}, {"type": "null"}, {"enum": sorted(NONFINITE)}], "default": None}
+    for field in ("measured", "limit"):
+        parts["Finding"]["properties"][field] = dict(number)
+    parts["Result"]["properties"]["axes"] = {"type": "object", "properties": dict(_AXES)}
+    for part, words in _WORDS.items():
+        for field, text in words.items():
+            parts[part]["properties"][field]["description"] = text
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"m3check record {SCHEMA_VERSION}", **made}
+
+
+_COUNT = {"type": "integer", "minimum": 0}
+_DTYPE = {"enum": list(DTYPES)}
+_AXES: dict[str, Any] = {
+    "batch": _COUNT,
+    "context": _COUNT,
+    "query_len": _COUNT,
+    "topk": _COUNT,
+    "gqa": _COUNT,
+    "kv_heads": _COUNT,
+    "head_dim": _COUNT,
+    "dtype": _DTYPE,
+    "cache_dtype": _DTYPE,
+    "index_cache_dtype": _DTYPE,
+    "init_blocks": _COUNT,
+    "local_blocks": _COUNT,
+    "fill": {"type": "string"},
+}
+
+_WORDS = {
+    "Record": {
+        "schema_version": "major.minor; a reader of the same major ignores keys that it does not know",
+        "tool": "name and version of what wrote this",
+        "arch": "the target that was asked for, e.g. sm100",
+        "environment": "where it ran: `machine` and `date` (ISO 8601, UTC) in words, and the versions that were used",
+        "command": "the command line that makes this record again",
+        "exit": "the exit code and the sentence that explains it",
+        "summary": "{status: count}",
+        "results": "one case on one kernel by one kind of evidence each",
+    },
+    "Result": {
+        "case": "id of the case: one line that can be pasted behind --case",
+        "op": "the operation",
+        "provider": "who made the kernel, with the version",
+        "kernel": "the implementation's own name",
+        "evidence": "device: ran on that arch; interpreted: on a CPU; compiled: cross-compiled, nothing computed",
+        "axes": "the case in figures",
+        "status": "what became of it",
+        "reason": "a sentence where it was skipped, raised, crashed or took too long",
+        "findings": "the judgements of the checks",
+        "seconds": "wall clock of the case, compilation included",
+        "repro": "the command that reruns exactly this case on this kernel",
+    },
+    "Finding": {
+        "check": "which check",
+        "status": "its judgement; noted: breaks the contract where the provider promises nothing",
+        "measured": 'what was found, in the unit of `limit`; "nan", "inf" and "-inf" where it is no number',
+        "limit": "the largest that correct arithmetic can explain; 0 or null where the check is exact",
+        "where": "the place, in tokens, heads and blocks",
+        "hint": "what the mistake looks like",
+    },
+}
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    """The same tree with every float in JSON's reach."""
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _revived(data: dict[str, Any]) -> dict[str, Any]:
+    results = data.get("results")
+    if isinstance(results, list):
+        data["results"] = [_revive_findings(r) if isinstance(r, dict) else r for r in results]
+    return data
+
+
+def _revive_findings(result: dict[str, Any]) -> dict[str, Any]:
+    findings = result.get("findings")
+    for finding in findings if isinstance(findings, list) else ():
+        for field in ("measured", "limit"):
+            if isinstance(finding, dict) and isinstance(finding.get(field), str):
+                finding[field] = NONFINITE.get(finding[field], finding[field])
+    return result
