@@ -40,7 +40,7 @@ def render(records: Sequence[Record], format: str) -> str:
 
 
 def write(record: Record, folder: Path) -> tuple[Path, ...]:
-    """Write every report of a run; each file appears whole or not at all. Raises OSError where the folder cannot hold them."""
+    """Write every report of a run, each file whole or not at all. Raises OSError where the folder cannot hold them."""
     from m3check.report.files import write_text
 
     folder.mkdir(parents=True, exist_ok=True)

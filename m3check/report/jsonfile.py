@@ -1,8 +1,8 @@
 """report.json: records written, read and described by a schema.
 
-JSON has no numbers for NaN and the infinities, so `measured` and `limit` hold the strings "nan", "inf" and "-inf" there; the
-reader turns them back. Figures are written with seven significant digits. Keys that a reader does not know are ignored, so
-a later minor version may add some.
+JSON has no numbers for NaN and the infinities, so `measured` and `limit` hold the strings "nan", "inf" and "-inf" there;
+the reader turns them back. Figures are written with seven significant digits. Keys that a reader does not know are
+ignored, so a later minor version may add some.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from m3check.types import RED, STRICTLY_RED, Evidence, Exit, Record, Result, Status
+from m3check.report.tally import red_word
+from m3check.types import Evidence, Exit, Result, Status
 
 OK = 0
 RED_RESULTS = 1
@@ -32,6 +33,9 @@ def judge(
     `named` are the providers as the user named them; results of others never change the code. With `require` only results
     of that evidence count as having run. Red weighs more than missing: a run that is both exits 1 and says both.
     """
+    results = list(results)
+    if interrupted:
+        return Exit(INTERRUPTED, f"interrupted after {len(results)} results")
     counted = [r for r in results if any(belongs(r.provider, name) for name in named)]
     ran = [r for r in counted if r.status is not Status.SKIPPED and (require is None or r.evidence == require)]
     red = Counter(word for r in counted for word in [red_word(r, strict)] if word)
@@ -53,31 +57,9 @@ def judge(
     return Exit(OK, f"{len(ran)} results, none red{aside}")
 
 
-def red_word(result: Result, strict: bool) -> str:
-    """The status that makes a result red, or an empty string."""
-    if result.status in RED:
-        return result.status.value
-    if strict and result.status in STRICTLY_RED:
-        return result.status.value
-    if strict and any(f.status in STRICTLY_RED for f in result.findings):
-        return Status.NOTED.value
-    return ""
-
-
 def belongs(provider: str, name: str) -> bool:
     """Whether a result's provider is the one that was named; a name without a version stands for any version."""
     return provider == name or provider.startswith(f"{name}==")
-
-
-def strict(record: Record) -> bool:
-    """Whether the run was asked to be strict, so that reports call red what made its exit code."""
-    return "--strict" in record.command.split()
-
-
-def summarise(results: Iterable[Result]) -> dict[str, int]:
-    """{status: count} in the order of Status, without zeros."""
-    counts = Counter(result.status for result in results)
-    return {status.value: counts[status] for status in Status if counts[status]}
 
 
 def _why_nothing(counted: Sequence[Result], kind: str) -> str:

@@ -1,0 +1,33 @@
+"""What the renderers and the exit code count alike: which results are red, and how many of each status there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from m3check.types import RED, STRICTLY_RED, Record, Result, Status
+
+
+def red_word(result: Result, strict: bool) -> str:
+    """The status that makes a result red, or an empty string."""
+    if result.status in RED:
+        return result.status.value
+    if strict and result.status in STRICTLY_RED:
+        return result.status.value
+    if strict and any(f.status in STRICTLY_RED for f in result.findings):
+        return Status.NOTED.value
+    return ""
+
+
+def strict(record: Record) -> bool:
+    """Whether the run was asked to be strict, so that reports call red what made its exit code."""
+    return "--strict" in record.command.split()
+
+
+def summarise(results: Iterable[Result]) -> dict[str, int]:
+    """{status: count} in the order of Status, without zeros; `noted` counts results that have notes beside their status."""
+    counts: Counter[Status] = Counter()
+    for result in results:
+        counts[result.status] += 1
+        counts[Status.NOTED] += any(f.status is Status.NOTED for f in result.findings)
+    return {status.value: counts[status] for status in Status if counts[status]}
