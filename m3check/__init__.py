@@ -1,1 +1,25 @@
-"""m3check: does an optimized MiniMax-M3 sparse-attention kernel compute what the mathematics says?"""
+"""m3check: does an optimized MiniMax-M3 sparse-attention kernel compute what the mathematics says?
+
+The public interface is `Case`, `Profile`, `plan`, `run`, `verify`, `cases` and `load_record`; all else is private.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from m3check.types import Case, Profile
+
+if TYPE_CHECKING:
+    from m3check.api import load_record, plan, run, verify
+
+__version__ = "0.1.0"
+__all__ = ["Case", "Profile", "cases", "load_record", "plan", "run", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that `import m3check` stays quick where only the words are wanted.
+    if name in {"load_record", "plan", "run", "verify"}:
+        from m3check import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'm3check' has no attribute {name!r}")

@@ -1,0 +1,228 @@
+"""The public Python interface, which the command line uses too: plan, run, verify, cases, load_record."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m3check import arch as arches
+from m3check import cases as _cases
+from m3check import isolate, kernels, runner
+from m3check.types import OPS, Case, Exit, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
+
+if TYPE_CHECKING:
+    from m3check.config import RunOptions
+
+SCHEMA_VERSION = "1.0"
+ALARMS = 1e-3
+"""False alarms that a whole run may expect from correct kernels; every limit is derived from it."""
+
+
+def cases(tier: str = "ci", ops: Sequence[str] = ()) -> tuple[Case, ...]:
+    """The cases of a tier (`smoke`, `ci`, `full`, `production`), of all ops or of some."""
+    return tuple(case for case in _cases.tier(tier) if not ops or case.op in ops)
+
+
+def plan(options: RunOptions) -> list[PlanLine]:
+    """What a run would do, with the reason for everything that it would skip."""
+    return runner.plan(options)
+
+
+def load_record(path: str | Path) -> Record:
+    """Read a report.json; raises M3CheckError for a file that is none."""
+    from m3check.report import jsonfile
+
+    return jsonfile.read(Path(path))
+
+
+def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profile | None = None) -> Result:
+    """Judge one kernel on one case in this process, on the GPU if there is one that m3check knows, else on the CPU.
+
+    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. A Triton kernel
+    needs TRITON_INTERPRET=1 in the environment, before triton is imported, to run on a CPU.
+    """
+    case = _cases.parse_id(case) if isinstance(case, str) else case
+    if not isinstance(kernel, Kernel):
+        if OPS[case.op].chain:
+            raise M3CheckError(f"verify needs a loaded Kernel for the chain {case.op}; a function serves one of its ops")
+        kernel = Kernel("user", case.op, getattr(kernel, "__name__", case.op), profile or Profile(), kernel)
+    found = [(index, name) for index, name in arches.present() if name in arches.ARCHS]
+    unrepaired: list[str] = []
+    if not found:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        from m3check import interpret
+
+        unrepaired = [r.detail for r in interpret.install() if r.needed and not r.installed]
+    arch = arches.find_arch(found[0][1] if found else "sm90")
+    session = runner.Session(
+        arch,
+        "device" if found else "interpreted",
+        f"cuda:{found[0][0]}" if found else "cpu",
+        kernels.Loaded.of({case.op: kernel}),
+        ALARMS,
+        unrepaired,
+    )
+    line = PlanLine(_cases.case_id(case), case.op, kernel.provider, session.evidence)
+    return runner.run_one(case, session, line, "")
+
+
+def run(options: RunOptions) -> Record:
+    """Run the plan in worker processes, journal each result, and return the record (the caller writes the reports).
+
+    Raises M3CheckError for what the user can mend: an unknown name, a provider that cannot be found or loaded.
+    """
+    arch = arches.find_arch(options.arch)
+    evidence, device, why = runner.evidence_for(arch)
+    lines = runner.plan(options)
+    started = datetime.datetime.now(datetime.UTC)
+    results: dict[tuple[str, str], Result] = {}
+    for line in lines:
+        if line.skip is not None:
+            results[line.case, line.provider] = _without_running(line, Status.SKIPPED, line.skip, options)
+    due = [line for line in lines if line.skip is None]
+    groups = list(dict.fromkeys(line.provider for line in due))
+    jobs = options.jobs or default_jobs(evidence)
+    facts: dict[str, Any] = {
+        "evidence": evidence,
+        "evidence_reason": why,
+        "date": started.isoformat(timespec="seconds"),
+        "host": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "jobs": jobs,
+        "tier": options.tier if not options.cases else "",
+    }
+    alarms = ALARMS / max(1, len(due))
+
+    def make(group: str) -> isolate.Worker:
+        command = {
+            "spec": group,
+            "arch": arch.name,
+            "evidence": evidence,
+            "device": device,
+            "offline": options.offline,
+            "alarms": alarms,
+        }
+        return isolate.Worker(command, worker_environment(evidence))
+
+    interrupted = False
+    for group in groups:
+        kernels.prepare(kernels.parse_spec(group), options.offline)
+    with isolate.Pool(jobs, make, options.timeout) as pool:
+        try:
+            if due:
+                facts |= _introduce(pool.greet(groups), options)
+                _run_due(pool, due, results, facts, options)
+        except KeyboardInterrupt:
+            interrupted = True
+        except ChildProcessError as error:
+            raise M3CheckError(str(error)) from error
+    facts["seconds"] = round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1)
+    ordered = tuple(results[k] for line in lines if (k := (line.case, line.provider)) in results)
+    return _record(ordered, facts, options, interrupted)
+
+
+def _introduce(hellos: Mapping[str, Mapping[str, Any]], options: RunOptions) -> dict[str, Any]:
+    """Facts for the record from the workers' hellos; raises M3CheckError when one refused."""
+    import sys
+
+    for group, hello in hellos.items():
+        if "refused" in hello:
+            raise M3CheckError(f"{group}: {hello['refused']}")
+        for warning in hello["warnings"]:
+            print(f"m3check: {group}: {warning}", file=sys.stderr)
+    first = next(iter(hellos.values()))
+    return {
+        **first["environment"],
+        "providers": {group: hello["description"] for group, hello in hellos.items()},
+        "interpreter_repairs": [r["name"] for r in first["repairs"] if r["installed"]],
+    }
+
+
+def _run_due(
+    pool: isolate.Pool, due: Sequence[PlanLine], results: dict[tuple[str, str], Result], facts: Mapping[str, Any], options: RunOptions
+) -> None:
+    from m3check import __version__
+    from m3check.config import Event
+    from m3check.journal import Journal
+
+    fingerprint = {
+        "m3check": __version__,
+        "arch": options.arch,
+        "evidence": facts["evidence"],
+        "providers": facts["providers"],
+        "torch": facts["torch"],
+        "triton": facts["triton"],
+    }
+    journal = Journal(options.folder / "journal.jsonl", fingerprint, options.resume)
+    try:
+        tasks: dict[str, list[PlanLine]] = {}
+        done = 0
+        for line in sorted(due, key=lambda line: -_cases.cost(_cases.parse_id(line.case), line.evidence)):
+            earlier = journal.earlier.get((line.case, line.provider, line.evidence))
+            if earlier is not None:
+                results[line.case, line.provider] = earlier
+                done += 1
+            else:
+                tasks.setdefault(line.provider, []).append(line)
+
+        def message(line: PlanLine) -> dict[str, Any]:
+            import msgspec
+
+            return {"line": msgspec.to_builtins(line), "repro": runner.repro(line, options)}
+
+        for line, answer in pool.run(tasks, message):
+            if isinstance(answer, isolate.Death):
+                result = _without_running(line, Status(answer.kind), answer.reason, options)
+            else:
+                import msgspec
+
+                result = msgspec.convert(answer, Result)
+            results[line.case, line.provider] = result
+            journal.append(result)
+            done += 1
+            if options.progress is not None:
+                options.progress(Event(done, len(due), result))
+    finally:
+        journal.close()
+
+
+def _without_running(line: PlanLine, status: Status, reason: str, options: RunOptions) -> Result:
+    case = _cases.parse_id(line.case)
+    return Result(
+        line.case, line.op, line.provider, line.op, line.evidence, case.axes(), status, reason, repro=runner.repro(line, options)
+    )
+
+
+def worker_environment(evidence: str) -> dict[str, str]:
+    """Environment of a worker: one thread for each library, and the interpreter switched on before triton is imported."""
+    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**one, "TRITON_INTERPRET": "0" if evidence == "device" else "1"}
+
+
+def default_jobs(evidence: str) -> int:
+    """Workers at once: every core when interpreting; a few when they share one GPU."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8) if evidence == "device" else cores
+
+
+def _record(results: tuple[Result, ...], facts: dict[str, Any], options: RunOptions, interrupted: bool) -> Record:
+    from m3check import __version__
+    from m3check.report import exits
+
+    verdict = exits.judge(results, options.kernels, strict=options.strict, require=options.require)
+    if interrupted:
+        verdict = Exit(exits.INTERRUPTED, f"interrupted after {len(results)} results; --resume goes on from here")
+    return Record(
+        schema_version=SCHEMA_VERSION,
+        tool={"name": "m3check", "version": __version__},
+        arch=options.arch,
+        environment=facts,
+        command=options.command,
+        exit=verdict,
+        summary=exits.summarise(results),
+        results=results,
+    )

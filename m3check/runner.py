@@ -1,0 +1,226 @@
+"""plan() and run_one(): the only place where cases, references, kernels and checks meet."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m3check import arch as arches
+from m3check import cases, kernels
+from m3check.arch import FP32, Accumulator, Arch
+from m3check.expression import matcher
+from m3check.types import OPS, Case, Evidence, Finding, Kernel, M3CheckError, PlanLine, Result, Status
+
+if TYPE_CHECKING:
+    import torch
+
+    from m3check.config import RunOptions
+    from m3check.device import Launches
+    from m3check.paging import Run
+
+
+def evidence_for(arch: Arch) -> tuple[Evidence, int, str]:
+    """Which evidence this machine can give for a target, on which device, and the sentence that says why."""
+    found = arches.present()
+    for index, name in found:
+        if name == arch.name:
+            return "device", index, f"ran on this machine's {name} (device {index})"
+    if found:
+        others = ", ".join(sorted({name for _, name in found}))
+        return "interpreted", -1, f"this machine's GPU is {others}, not {arch.name}: it was not used"
+    return "interpreted", -1, f"this machine has no {arch.name} GPU: Triton's interpreter ran the kernels on the CPU"
+
+
+def chosen_cases(options: RunOptions) -> list[Case]:
+    """The cases that the options name, in plan order; raises M3CheckError for what is unknown."""
+    if options.cases:
+        chosen = [cases.parse_id(text) for text in options.cases]
+    else:
+        chosen = list(cases.tier(options.tier))
+    if options.ops:
+        chosen = [case for case in chosen if case.op in options.ops]
+    if options.expr:
+        matches = matcher(options.expr)
+        chosen = [case for case in chosen if matches(f"{cases.case_id(case)} {' '.join(f'{k}={v}' for k, v in case.axes().items())}")]
+    if options.seed:
+        chosen = [replace(case, seed=options.seed) for case in chosen]
+    if options.shard != (1, 1):
+        chosen = cases.shard(chosen, *options.shard)
+    return chosen
+
+
+def plan(options: RunOptions) -> list[PlanLine]:
+    """Every (case, provider) of a run with the reason where it is skipped. No kernel code runs."""
+    arch = arches.find_arch(options.arch)
+    evidence, _, why = evidence_for(arch)
+    lines = []
+    for text in options.kernels:
+        spec = kernels.parse_spec(text)
+        for case in chosen_cases(options):
+            skip = kernels.refuses(spec, case, arch, evidence)
+            if skip is None and options.tier == "production" and not options.cases and evidence != "device":
+                skip = f"needs a device ({why}); {cases.case_cost(case)}"
+            lines.append(PlanLine(cases.case_id(case), case.op, text, evidence, skip))
+    return lines
+
+
+def repro(line: PlanLine, options: RunOptions) -> str:
+    """The command that reruns exactly this case on this kernel; known before the launch."""
+    return f"m3check run --arch {options.arch} --kernels {line.provider} --case {line.case}"
+
+
+@dataclass
+class Session:
+    """What one worker holds for life: a provider's kernels on one target by one kind of evidence."""
+
+    arch: Arch
+    evidence: Evidence
+    device: str
+    loaded: Any  # kernels.Loaded
+    alarms: float = 1e-3
+    unrepaired: Sequence[str] = ()
+    """Why results of this process cannot be trusted, e.g. an interpreter repair that could not be installed."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Result:
+    """Make the inputs, run the kernel, judge its outputs. Never raises for what a kernel does."""
+    started = time.perf_counter()
+    kernel: Kernel | None = session.loaded.kernels.get(case.op)
+    name = kernel.name if kernel else case.op
+
+    def result(status: Status, reason: str = "", findings: Sequence[Finding] = ()) -> Result:
+        seconds = round(time.perf_counter() - started, 3)
+        return Result(
+            line.case, case.op, line.provider, name, session.evidence, case.axes(), status, reason, tuple(findings), seconds, command
+        )
+
+    if kernel is None:
+        return result(Status.SKIPPED, session.loaded.missing.get(case.op, f"{line.provider} has no {case.op}"))
+    refusal = session.loaded.refuses(case)
+    if refusal is not None:
+        return result(Status.SKIPPED, refusal)
+    try:
+        findings = _judge(case, kernel, session)
+    except KernelRaised as error:
+        return result(Status.ERROR, str(error))
+    except M3CheckError as error:
+        return result(Status.ERROR, str(error))
+    status, reason = verdict(findings)
+    if session.unrepaired and status is not Status.SKIPPED:
+        return result(Status.INCONCLUSIVE, "; ".join(session.unrepaired), findings)
+    return result(status, reason, findings)
+
+
+def verdict(findings: Sequence[Finding]) -> tuple[Status, str]:
+    """The status that a result's findings add up to, and the first finding that decided it."""
+    for status in (Status.FAILED, Status.ERROR, Status.MISTRUSTED, Status.INCONCLUSIVE):
+        for finding in findings:
+            if finding.status is status:
+                return status, f"{finding.check}: {finding.hint or finding.where}"
+    if not findings:
+        return Status.MISTRUSTED, "no check applied to this case"
+    return Status.PASSED, ""
+
+
+class KernelRaised(Exception):
+    """A kernel raised instead of answering."""
+
+
+def _judge(case: Case, kernel: Kernel, session: Session) -> list[Finding]:
+    from m3check import checks, reference
+
+    inputs = cases.make_inputs(case, session.device)
+    run, launches = _call(kernel, inputs, session)
+    dot, pv = _accumulators(case, launches, session)
+    setting = checks.Setting(
+        profile=kernel.profile,
+        arch=session.arch,
+        evidence=session.evidence,
+        dot=dot,
+        pv=pv,
+        alarms=session.alarms,
+        filled=True,
+    )
+    scaled = inputs.k_scale is not None
+    rules = ("rounded", "folded") if kernel.profile.dequantise == "either" and scaled else (kernel.profile.dequantise,)
+    best: list[Finding] | None = None
+    for rule in rules:
+        problem = reference.dequantised(inputs, "rounded" if rule == "either" else rule)
+
+        def attend(ids: torch.Tensor, problem: Any = problem) -> Any:
+            op = "sparse_attn" if OPS[case.op].phase == "prefill" else "sparse_attn_decode"
+            return reference.expected(replace(problem, case=replace(case, op=op), topk_idx=ids))
+
+        findings = checks.compare(problem, run, reference.expected(problem), setting, attend)
+        if best is None or _red(findings) < _red(best):
+            best = findings
+        if not _red(best):
+            break
+    assert best is not None
+    return best
+
+
+def _red(findings: Sequence[Finding]) -> int:
+    return sum(finding.status is Status.FAILED for finding in findings)
+
+
+def _call(kernel: Kernel, inputs: Any, session: Session) -> tuple[Run, Launches | None]:
+    """Run the kernel in filled memory; whatever it raises becomes KernelRaised with the place."""
+    from m3check import device
+    from m3check.kernels import contract
+
+    try:
+        with filled_memory():
+            if session.evidence != "device":
+                return contract.call(kernel, inputs), None
+            with device.recording() as launches:
+                run = contract.call(kernel, inputs)
+            import torch
+
+            torch.cuda.synchronize(session.device)
+            return run, launches
+    except M3CheckError:
+        raise
+    except Exception as error:
+        raise KernelRaised(f"{kernel.name} raised {_where(error)}") from error
+
+
+def _where(error: BaseException) -> str:
+    """An exception in one sentence, with the innermost source line that is not inside a library."""
+    chain = error
+    while chain.__cause__ is not None:
+        chain = chain.__cause__
+    text = " ".join(str(chain).split())
+    frames = [f for e in (error, chain) for f in traceback.extract_tb(e.__traceback__)]
+    own = [f for f in frames if "site-packages/t" not in f.filename and "contract.py" not in f.filename]
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    return f"{type(chain).__name__}: {text[:400]}{place}"
+
+
+def _accumulators(case: Case, launches: Launches | None, session: Session) -> tuple[Accumulator, Accumulator]:
+    """How q·k and p·v were summed: in fp32 by the interpreter, by the emitted matrix instructions on a device."""
+    if session.evidence != "device" or launches is None:
+        return FP32, FP32
+    operands = {"fp32": "tf32"}.get(case.dtype, "fp8" if case.dtype.startswith("fp8") else "16")
+    row = launches.accumulator(session.arch, operands)
+    return row, row
+
+
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """torch.empty inside the block gives NaN (floats) or the largest integer, so that an unwritten cell is seen."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,105 @@
+"""The process that runs kernels: `python -m m3check.worker FD` loads one provider and answers cases until its parent hangs up."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from m3check import arch as arches
+from m3check import cases, isolate, kernels, runner
+from m3check.types import M3CheckError, PlanLine
+
+
+class Service:
+    """One worker's state: a Session after `load`."""
+
+    def __init__(self) -> None:
+        self.session: runner.Session | None = None
+
+    def load(self, command: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Import torch, repair the interpreter where it is used, load the provider; the answer is the worker's hello."""
+        try:
+            return self._load(command, send)
+        except M3CheckError as error:
+            return {"refused": str(error)}
+        except ModuleNotFoundError as error:
+            if error.name in ("torch", "triton", "numpy"):
+                return {"refused": f"{error.name} is not installed; m3check run needs it: pip install {error.name}"}
+            raise
+
+    def _load(self, command: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        arch = arches.find_arch(command["arch"])
+        evidence, device = command["evidence"], "cpu"
+        repairs: list[dict[str, Any]] = []
+        unrepaired = []
+        if evidence == "device":
+            from m3check import device as devices
+
+            device = f"cuda:{command['device']}"
+            devices.on_compile(lambda began: send({"compiling": began}))
+        else:
+            from m3check import interpret
+
+            for repair in interpret.install():
+                repairs.append({"name": repair.name, "needed": repair.needed, "installed": repair.installed})
+                if repair.needed and not repair.installed:
+                    unrepaired.append(f"the interpreter's {repair.name} could not be repaired: {repair.detail}")
+        loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
+        self.session = runner.Session(arch, evidence, device, loaded, command["alarms"], unrepaired)
+        return {
+            "description": loaded.description,
+            "warnings": list(loaded.warnings),
+            "repairs": repairs,
+            "environment": environment(device),
+        }
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """One case; the answer is a Result as JSON-ready data."""
+        assert self.session is not None
+        line = msgspec.convert(message["line"], PlanLine)
+        case = cases.parse_id(line.case)
+        result: dict[str, Any] = msgspec.to_builtins(runner.run_one(case, self.session, line, message["repro"]))
+        return result
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the numbers of this process depend on."""
+    import torch
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+    if device != "cpu":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "cuda": str(torch.version.cuda or torch.version.hip)}
+    return facts
+
+
+def main() -> None:
+    """Serve on the inherited socket whose number is the only argument."""
+    service = Service()
+    with socket.socket(fileno=int(sys.argv[1])) as channel:
+        isolate.serve(channel, service.load, service.answer)
+
+
+if __name__ == "__main__":
+    main()
