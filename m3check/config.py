@@ -14,12 +14,19 @@ TIERS = ("smoke", "ci", "full", "production")
 EVIDENCE: tuple[Evidence, ...] = ("device", "interpreted", "compiled")
 
 TIME_LIMIT = 120.0
-"""Seconds a case may take without its compilation; interpreted ones take a few, so this tells a hang from a slow machine."""
+"""Seconds a case may take, compilation apart; interpreted ones take a few, so this tells a hang from a slow machine."""
 
-DEFAULT_OUT = Path("reports/<arch>")
 
-Progress = Callable[[Result, int, int], None]
-"""Called with each result as it comes, how many there are by now, and how many there will be."""
+@dataclass(frozen=True)
+class Event:
+    """What a run tells while it goes on: a result that came in, a case that was begun, or a message for the user."""
+
+    done: int
+    total: int
+    result: Result | None = None
+    running: str = ""
+    """Id of a case that is in work."""
+    message: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +59,8 @@ class RunOptions:
     offline: bool = False
     sanitize: bool = False
     save_failures: int = 0
-    out: Path = DEFAULT_OUT
-    """Where journal and reports go."""
-    progress: Progress | None = None
+    out: Path | None = None
+    progress: Callable[[Event], None] | None = None
 
     def __post_init__(self) -> None:
         from m3check.arch import ARCHS
@@ -82,8 +88,11 @@ class RunOptions:
         if self.save_failures:
             raise M3CheckError("--save-failures is not available in this version")
         matcher(self.expr)
-        if self.out == DEFAULT_OUT:
-            object.__setattr__(self, "out", Path("reports") / self.arch)
+
+    @property
+    def folder(self) -> Path:
+        """Where journal and reports go."""
+        return self.out if self.out is not None else Path("reports") / self.arch
 
     @property
     def command(self) -> str:
@@ -92,7 +101,7 @@ class RunOptions:
         words = ["m3check", "run", "--arch", self.arch]
         for name, flag in _FLAGS:
             value = getattr(self, name)
-            if value == default[name] or (name == "out" and value == Path("reports") / self.arch):
+            if value == default[name]:
                 continue
             if value is True:
                 words.append(flag)

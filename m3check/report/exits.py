@@ -26,9 +26,14 @@ MEANING = {
 
 
 def judge(
-    results: Iterable[Result], named: Sequence[str], *, strict: bool = False, require: Evidence | None = None
+    results: Iterable[Result],
+    named: Sequence[str],
+    *,
+    strict: bool = False,
+    require: Evidence | None = None,
+    interrupted: bool = False,
 ) -> Exit:
-    """The exit of a finished run.
+    """The exit of a run.
 
     `named` are the providers as the user named them; results of others never change the code. With `require` only results
     of that evidence count as having run. Red weighs more than missing: a run that is both exits 1 and says both.
