@@ -42,8 +42,8 @@ def load_record(path: str | Path) -> Record:
 def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profile | None = None) -> Result:
     """Judge one kernel on one case in this process, on the GPU if there is one that m3check knows, else on the CPU.
 
-    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. A Triton kernel
-    needs TRITON_INTERPRET=1 in the environment, before triton is imported, to run on a CPU.
+    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. To run on a CPU
+    a Triton kernel needs TRITON_INTERPRET=1 in the environment before triton is imported.
     """
     case = _cases.parse_id(case) if isinstance(case, str) else case
     if not isinstance(kernel, Kernel):
@@ -143,7 +143,11 @@ def _introduce(hellos: Mapping[str, Mapping[str, Any]], options: RunOptions) -> 
 
 
 def _run_due(
-    pool: isolate.Pool, due: Sequence[PlanLine], results: dict[tuple[str, str], Result], facts: Mapping[str, Any], options: RunOptions
+    pool: isolate.Pool,
+    due: Sequence[PlanLine],
+    results: dict[tuple[str, str], Result],
+    facts: Mapping[str, Any],
+    options: RunOptions,
 ) -> None:
     from m3check import __version__
     from m3check.config import Event
@@ -191,10 +195,8 @@ def _run_due(
 
 
 def _without_running(line: PlanLine, status: Status, reason: str, options: RunOptions) -> Result:
-    case = _cases.parse_id(line.case)
-    return Result(
-        line.case, line.op, line.provider, line.op, line.evidence, case.axes(), status, reason, repro=runner.repro(line, options)
-    )
+    axes, command = _cases.parse_id(line.case).axes(), runner.repro(line, options)
+    return Result(line.case, line.op, line.provider, line.op, line.evidence, axes, status, reason, repro=command)
 
 
 def worker_environment(evidence: str) -> dict[str, str]:

@@ -80,7 +80,7 @@ def recording() -> Iterator[Launches]:
 
 
 def on_compile(notify: Callable[[bool], None]) -> None:
-    """Have `notify(True)` called before Triton compiles a kernel and `notify(False)` after, so that time limits leave it out."""
+    """Call `notify(True)` before Triton compiles a kernel and `notify(False)` after, so that time limits leave it out."""
     from triton import knobs
 
     def before(**_: Any) -> bool:

@@ -6,6 +6,7 @@ or hangs costs one case; the run goes on with a fresh one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -126,19 +127,15 @@ class Worker:
 
     def kill(self) -> None:
         """End the worker and whatever it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._socket.close()
         self._errors.close()
 
     def _send(self, message: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # a dead worker is noticed by `receive`
             self._socket.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            pass  # a dead worker is noticed by `receive`
 
 
 def _temporary() -> Any:
@@ -186,7 +183,7 @@ class Pool:
         self._workers.clear()
 
     def greet(self, groups: list[str]) -> dict[str, dict[str, Any]]:
-        """Start one worker for each group and collect their hellos, a few at a time; raises ChildProcessError on a death."""
+        """Start a worker for each group, a few at a time, and collect their hellos; raises ChildProcessError on a death."""
         hellos: dict[str, dict[str, Any]] = {}
         waiting = list(groups)
         while len(hellos) < len(groups):
@@ -226,7 +223,8 @@ class Pool:
                         yield task, received["answer"]
             for group, worker in list(self._workers):
                 if worker.overdue():
-                    yield from self._bury(group, worker, "timeout", f"no result within {self._limit:g} s; the worker was ended")
+                    reason = f"no result within {self._limit:g} s; the worker was ended"
+                    yield from self._bury(group, worker, "timeout", reason)
 
     def _bury(self, group: str, worker: Worker, kind: str, reason: str) -> Iterator[tuple[Any, Death]]:
         self._retire((group, worker))

@@ -1,4 +1,4 @@
-"""The journal of a run: one JSON line a result, appended as it comes, so that a killed run loses nothing and can be resumed."""
+"""The journal of a run: a JSON line a result, appended as it comes, so that a killed run loses nothing and can go on."""
 
 from __future__ import annotations
 

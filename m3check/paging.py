@@ -181,7 +181,8 @@ def pack_main_cache(inputs: Inputs, pages: Pages, kv_layout: str, poison: Poison
     `packed` gives [page, Hkv, 128, 2D] with keys in the first D channels; `split` gives [page, 2, 128, Hkv, D].
     """
     k, v, case = inputs.k, inputs.v, inputs.case
-    assert k is not None and v is not None
+    assert k is not None
+    assert v is not None
     heads, dim = k.shape[1:]
     layers = POOL_LAYERS if case.layout == "pool" else 1
     if kv_layout == "packed":

@@ -38,20 +38,22 @@ def evidence_for(arch: Arch) -> tuple[Evidence, int, str]:
 
 def chosen_cases(options: RunOptions) -> list[Case]:
     """The cases that the options name, in plan order; raises M3CheckError for what is unknown."""
-    if options.cases:
-        chosen = [cases.parse_id(text) for text in options.cases]
-    else:
-        chosen = list(cases.tier(options.tier))
+    chosen = [cases.parse_id(text) for text in options.cases] or list(cases.tier(options.tier))
     if options.ops:
         chosen = [case for case in chosen if case.op in options.ops]
     if options.expr:
         matches = matcher(options.expr)
-        chosen = [case for case in chosen if matches(f"{cases.case_id(case)} {' '.join(f'{k}={v}' for k, v in case.axes().items())}")]
+        chosen = [case for case in chosen if matches(described(case))]
     if options.seed:
         chosen = [replace(case, seed=options.seed) for case in chosen]
     if options.shard != (1, 1):
         chosen = cases.shard(chosen, *options.shard)
     return chosen
+
+
+def described(case: Case) -> str:
+    """What `-k` looks at: the id and every axis as `word=value`."""
+    return " ".join([cases.case_id(case), *(f"{word}={value}" for word, value in case.axes().items())])
 
 
 def plan(options: RunOptions) -> list[PlanLine]:
@@ -95,9 +97,18 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
     name = kernel.name if kernel else case.op
 
     def result(status: Status, reason: str = "", findings: Sequence[Finding] = ()) -> Result:
-        seconds = round(time.perf_counter() - started, 3)
         return Result(
-            line.case, case.op, line.provider, name, session.evidence, case.axes(), status, reason, tuple(findings), seconds, command
+            line.case,
+            case.op,
+            line.provider,
+            name,
+            session.evidence,
+            case.axes(),
+            status,
+            reason,
+            tuple(findings),
+            round(time.perf_counter() - started, 3),
+            command,
         )
 
     if kernel is None:

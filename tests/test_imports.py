@@ -36,7 +36,8 @@ def test_a_package_imports_only_itself_and_the_shared_words(package):
 
 
 @pytest.mark.parametrize(
-    "module", ["m3check", "m3check.cli", "m3check.types", "m3check.arch", "m3check.config", "m3check.cases", "m3check.kernels"]
+    "module",
+    ["m3check", "m3check.cli", "m3check.types", "m3check.arch", "m3check.config", "m3check.cases", "m3check.kernels"],
 )
 def test_importing_it_does_not_import_torch(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'triton', 'numpy', 'vllm') if m in sys.modules])"

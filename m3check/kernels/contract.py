@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from m3check.types import BLOCK, OPS, Inputs, Kernel, M3CheckError
+from m3check.types import OPS, Inputs, Kernel, M3CheckError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PARAMETERS: Mapping[str, str] = {
     "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
     "index_kv_cache": "[pages, 128, D] cache dtype: index keys, shared by all index heads",
-    "block_table": "[R, columns] int32: page of each logical block; columns past a request's last block name poisoned pages",
+    "block_table": "[R, columns] int32: page of each logical block; columns past the last block name poisoned pages",
     "cu_seqlens_q": "[R + 1] int32: first query row of each request, then T",
     "seq_lens": "[R] int32: visible tokens of each request, its queries included; 0 is a padded row (decode)",
     "prefix_lens": "[R] int32: tokens before the first query: seq_lens - query lengths",
@@ -47,8 +47,8 @@ PARAMETERS: Mapping[str, str] = {
 
 SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {  # op: (parameters, what comes back)
     "index_score": (
-        ("idx_q", "index_kv_cache", "block_table", "cu_seqlens_q", "seq_lens", "prefix_lens", "max_query_len", "max_seq_len",
-         "num_kv_heads"),
+        ("idx_q", "index_kv_cache", "block_table", "cu_seqlens_q", "seq_lens", "prefix_lens", "max_query_len",
+         "max_seq_len", "num_kv_heads"),
         "[H, T, >= K] fp32; cells of blocks that a query does not see are -inf or left alone",
     ),
     "index_topk": (
@@ -77,7 +77,11 @@ SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {  # op: (parameters, wh
     ),
 }  # fmt: skip
 
-OPTIONAL = frozenset({"out", "score_out", "k_scale", "v_scale", "max_decode_query_len"})
+OPTIONAL = frozenset(
+    {"out", "score_out", "output", "k_scale", "v_scale", "num_kv_heads", "seq_lens", "max_query_len", "max_seq_len",
+     "max_decode_query_len"}
+)  # fmt: skip
+"""Parameters that a kernel may do without: buffers, where it returns its result, and what follows from the others."""
 
 
 class BrokenContract(M3CheckError):
@@ -108,14 +112,11 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
                 f"{name} has a parameter {parameter.name!r} that {op} does not provide; it may take: {', '.join(known)} "
                 "(see m3check kernels --signatures)"
             )
-    accepted = frozenset(p for p in known if p in parameters)
-    missing = [p for p in known if p not in accepted and p not in OPTIONAL and p not in {"max_query_len", "max_seq_len"}]
-    missing = [p for p in missing if p not in {"num_kv_heads", "seq_lens", "output"}]
+    missing = [p for p in known if p not in parameters and p not in OPTIONAL]
     if missing:
-        raise BrokenContract(
-            f"{name} lacks the parameter(s) {', '.join(missing)} of {op} (see m3check kernels --signatures)"
-        )
-    return accepted
+        lacks = f"{name} lacks the parameter(s) {', '.join(missing)} of {op}"
+        raise BrokenContract(f"{lacks} (see m3check kernels --signatures)")
+    return frozenset(p for p in known if p in parameters)
 
 
 def call(kernel: Kernel, inputs: Inputs, world: World = World()) -> Run:
@@ -145,7 +146,6 @@ def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, 
     op, case = kernel.op, inputs.case
     accepted = check_signature(op, kernel.function, kernel.name)
     device = next(t for t in (inputs.idx_q, inputs.q, inputs.scores) if t is not None).device
-    phase = OPS[op].phase
     reads_index = "index_kv_cache" in SIGNATURES[op][0]
     salted = replace(case, op="") if not world.salt else replace(case, op=world.salt)
     pages = paging.Pages.shuffled(salted, "index" if reads_index else "main", device)
@@ -189,14 +189,13 @@ def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, 
     arguments |= {name: guard.view for name, guard in buffers.items()}
 
     returned = kernel.function(**{name: arguments[name] for name in accepted if name in arguments})
-    name = next(o for o in OPS[op].outputs)
+    name = OPS[op].outputs[0]
     buffer = next(iter(buffers.values()), None)
     if returned is None and buffer is None:
         raise BrokenContract(f"{kernel.name} returned None and takes no buffer; {op} returns {SIGNATURES[op][1]}")
     result = returned if returned is not None else buffer.view  # type: ignore[union-attr]
     upstream[name] = result
     _take(run, kernel, name, result, inputs)
-    assert phase in ("prefill", "decode")
     return run
 
 
@@ -287,6 +286,3 @@ def _physical_scores(inputs: Inputs) -> Tensor:
             row = wide[:, request.query_start + i, : case.block_columns]
             row[:, block >= request.visible_blocks(i)] = float("nan")
     return wide
-
-
-assert BLOCK == 128
