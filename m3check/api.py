@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from m3check import arch as arches
 from m3check import cases as _cases
 from m3check import isolate, kernels, runner
-from m3check.types import OPS, Case, Exit, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
+from m3check.types import OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
 
 if TYPE_CHECKING:
     from m3check.config import RunOptions
@@ -42,8 +42,8 @@ def load_record(path: str | Path) -> Record:
 def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profile | None = None) -> Result:
     """Judge one kernel on one case in this process, on the GPU if there is one that m3check knows, else on the CPU.
 
-    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. To run on a CPU
-    a Triton kernel needs TRITON_INTERPRET=1 in the environment before triton is imported.
+    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. To run on a
+    CPU, a Triton kernel needs TRITON_INTERPRET=1 in the environment before triton is imported.
     """
     case = _cases.parse_id(case) if isinstance(case, str) else case
     if not isinstance(kernel, Kernel):
@@ -215,9 +215,9 @@ def _record(results: tuple[Result, ...], facts: dict[str, Any], options: RunOpti
     from m3check import __version__
     from m3check.report import exits
 
-    verdict = exits.judge(results, options.kernels, strict=options.strict, require=options.require)
-    if interrupted:
-        verdict = Exit(exits.INTERRUPTED, f"interrupted after {len(results)} results; --resume goes on from here")
+    verdict = exits.judge(
+        results, options.kernels, strict=options.strict, require=options.require, interrupted=interrupted
+    )
     return Record(
         schema_version=SCHEMA_VERSION,
         tool={"name": "m3check", "version": __version__},

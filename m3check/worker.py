@@ -1,4 +1,4 @@
-"""The process that runs kernels: `python -m m3check.worker FD` loads one provider and answers cases until the socket closes."""
+"""The process that runs kernels: `python -m m3check.worker FD` loads one provider and answers cases."""
 
 from __future__ import annotations
 

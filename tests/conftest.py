@@ -1,4 +1,4 @@
-"""Shared by all tests: a device marker that explains itself, and Triton's interpreter switched on before anything imports it."""
+"""Shared by all tests: a device marker that explains itself, and Triton's interpreter switched on in time."""
 
 from __future__ import annotations
 
