@@ -1,0 +1,207 @@
+"""report.md: one record for a reader, what matters first. A pure function of the record."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+from m3check.report.tables import cell, code, evidence_of, figure, flat, groups, in_op_order, machine, ran, ratio, table
+from m3check.report.tally import red_word, strict
+from m3check.types import Finding, Record, Result, Status
+
+DETAILED = 40
+"""Failures told in full; the others get a line each."""
+
+
+def render(record: Record) -> str:
+    """The whole report."""
+    sections = (head, summary, failures, margins, notes, doubts, skips, environment)
+    return "\n\n".join(text for section in sections if (text := section(record))) + "\n"
+
+
+def head(record: Record) -> str:
+    """Arch, verdict, evidence and machine; for anything but a run on the hardware, plainly that it was none."""
+    verdict = {0: "green", 1: "RED", 2: "interrupted", 5: "nothing ran"}.get(record.exit.code, "broken off")
+    lines = [f"# m3check {record.arch}: {verdict}", "", f"Exit {record.exit.code}: {cell(record.exit.reason)}.", ""]
+    return "\n".join([*lines, evidence_sentence(record)])
+
+
+def evidence_sentence(record: Record) -> str:
+    """What kind of evidence the results are, and what they cannot say."""
+    arch, where, kinds = record.arch, cell(machine(record)), evidence_of(record)
+    sentences = {
+        "device": f"Evidence `device`: ran on {arch} hardware ({where}).",
+        "interpreted": f"Evidence `interpreted`: Triton's interpreter ran the kernels on a CPU ({where}); "
+        f"what {arch}'s compiler and matrix units do was not seen.",
+        "compiled": f"Evidence `compiled`: cross-compiled for {arch} and not run.",
+    }
+    told = [sentences[kind] for kind in kinds]
+    if "device" not in kinds:
+        told.insert(0, f"**Nothing here ran on {arch} hardware.**")
+    if not kinds:
+        told.append("No result at all.")
+    reason = record.environment.get("evidence_reason")
+    if reason and "device" not in kinds:
+        told.append(f"Why: {cell(reason)}.")
+    return " ".join(told)
+
+
+def summary(record: Record) -> str:
+    """Op × provider × status."""
+    rows, seen = [], [s for s in Status if s.value in record.summary]
+    for op, provider, results in groups(record.results):
+        kinds = ", ".join(sorted({r.evidence for r in results if ran(r)})) or "–"
+        counts = Counter(r.status for r in results)
+        counts[Status.NOTED] = _noted(results)
+        rows.append([op, provider, kinds, *(counts[s] or "" for s in seen), len(results)])
+    if not rows:
+        return ""
+    headers = ["op", "provider", "evidence", *(s.value for s in seen), "results"]
+    totals = ["all", "", "", *(record.summary[s.value] for s in seen), len(record.results)]
+    text = table(headers, [*rows, totals], right=headers[3:])
+    aside = (
+        "\n\n`noted` counts results that also carry notes: it overlaps the other columns." if _noted(record.results) else ""
+    )
+    return f"## Summary\n\n{text}{aside}"
+
+
+def failures(record: Record) -> str:
+    """Everything that made the run red: place, measured and limit, hint and repro."""
+    stern = strict(record)
+    red = [r for r in record.results if red_word(r, stern)]
+    if not red:
+        return ""
+    parts = [f"## Red ({len(red)})"]
+    if len(red) > 5:
+        counts = Counter((r.op, r.provider, _cause(r, stern)) for r in red)
+        rows = [(n, *key) for key, n in counts.most_common()]
+        parts.append(table(["results", "op", "provider", "cause"], rows, right=["results"]))
+    parts += [_failure(result, stern) for result in red[:DETAILED]]
+    if red[DETAILED:]:
+        others = [(red_word(r, stern), r.op, r.provider, _cause(r, stern), code(r.case)) for r in red[DETAILED:]]
+        parts.append("### And in short\n\n" + table(["status", "op", "provider", "cause", "case"], others))
+    return "\n\n".join(parts)
+
+
+def margins(record: Record) -> str:
+    """Soundness: how much of its limit each check used where it passed."""
+    found: dict[tuple[str, str], list[tuple[float, Result]]] = {}
+    exact: Counter[tuple[str, str]] = Counter()
+    for result in record.results:
+        for finding in result.findings:
+            if finding.status is not Status.PASSED:
+                continue
+            used = ratio(finding)
+            if used is None:
+                exact[finding.check, result.op] += 1
+            else:
+                found.setdefault((finding.check, result.op), []).append((used, result))
+    rows = []
+    for check in dict.fromkeys(f.check for r in record.results for f in r.findings):
+        for op in in_op_order(r.op for r in record.results):
+            if used_by := found.get((check, op)):
+                used, result = max(used_by, key=lambda pair: pair[0])
+                middle = statistics.median(pair[0] for pair in used_by)
+                rows.append((check, op, len(used_by), figure(middle), figure(used), result.provider, code(result.case)))
+            if exact[check, op]:
+                rows.append((check, op, exact[check, op], "exact", "exact", "", ""))
+    if not rows:
+        return ""
+    text = (
+        "How much of what correct arithmetic can explain was used, over findings that passed. `exact`: nothing may differ."
+    )
+    headers = ["check", "op", "passed", "median", "worst", "of", "case"]
+    return f"## Worst measured/limit\n\n{text}\n\n{table(headers, rows, right=headers[2:5])}"
+
+
+def notes(record: Record) -> str:
+    """What breaks the contract where the provider promises nothing."""
+    found: dict[tuple[str, str, str, str], list[tuple[Result, Finding]]] = {}
+    for result in record.results:
+        for finding in result.findings:
+            if finding.status is Status.NOTED:
+                found.setdefault((result.provider, result.op, finding.check, finding.hint), []).append((result, finding))
+    rows = [(len(hits), *key, hits[0][1].where, code(hits[0][0].case)) for key, hits in found.items()]
+    if not rows:
+        return ""
+    text = "Breaks the contract where the provider promises nothing; red under `--strict` only."
+    headers = ["times", "provider", "op", "check", "what", "first at", "first case"]
+    return f"## Noted\n\n{text}\n\n{table(headers, rows, right=['times'])}"
+
+
+def doubts(record: Record) -> str:
+    """Results that are neither red nor a pass."""
+    found: dict[tuple[str, str, str, str], list[Result]] = {}
+    for r in record.results:
+        if r.status in (Status.KNOWN, Status.MISTRUSTED, Status.INCONCLUSIVE):
+            found.setdefault((r.status.value, r.provider, r.op, r.reason), []).append(r)
+    rows = [(len(results), *key, code(results[0].case)) for key, results in found.items()]
+    if not rows:
+        return ""
+    headers = ["results", "status", "provider", "op", "reason", "first case"]
+    return "## Neither red nor passed\n\n" + table(headers, rows, right=["results"])
+
+
+def skips(record: Record) -> str:
+    """What did not run, by sentence."""
+    found: dict[str, list[Result]] = {}
+    for result in record.results:
+        if result.status is Status.SKIPPED:
+            found.setdefault(result.reason, []).append(result)
+    rows = []
+    for reason, results in sorted(found.items(), key=lambda item: (-len(item[1]), item[0])):
+        ops = ", ".join(in_op_order(r.op for r in results))
+        rows.append((len(results), reason, ops, ", ".join(dict.fromkeys(r.provider for r in results))))
+    return "## Skipped\n\n" + table(["cases", "why", "ops", "providers"], rows, right=["cases"]) if rows else ""
+
+
+def environment(record: Record) -> str:
+    """Where, when and with what; the command that makes it again."""
+    rows = [("m3check", record.tool.get("version", "")), *flat(record.environment)]
+    return f"## Environment\n\n{table(['what', 'value'], rows)}\n\n```\n{record.command}\n```"
+
+
+def _noted(results: list[Result] | tuple[Result, ...]) -> int:
+    return sum(any(f.status is Status.NOTED for f in r.findings) for r in results)
+
+
+def telling(result: Result, stern: bool) -> list[Finding]:
+    """The findings that made a result red."""
+    wanted = {Status.FAILED, Status.ERROR}
+    if stern:
+        wanted |= {Status.NOTED, Status.MISTRUSTED, Status.INCONCLUSIVE}
+    return [f for f in result.findings if f.status in wanted]
+
+
+def sentence(finding: Finding) -> str:
+    """A finding in one line: check, measured > limit, where, hint."""
+    parts = [finding.check]
+    if finding.measured is not None:
+        parts.append(figure(finding.measured) + (f" > {figure(finding.limit)}" if finding.limit is not None else ""))
+    text = ": ".join(parts) + (f" at {finding.where}" if finding.where else "")
+    return text + (f" ({finding.hint})" if finding.hint else "")
+
+
+def _cause(result: Result, stern: bool) -> str:
+    told = telling(result, stern)
+    return told[0].check if told else result.reason
+
+
+def _failure(result: Result, stern: bool) -> str:
+    lines = [
+        f"### {red_word(result, stern).upper()} {result.op} · {cell(result.provider)}",
+        "",
+        f"- case: {code(result.case)}",
+    ]
+    lines.append(f"- kernel: {code(result.kernel)}, {result.evidence}")
+    told = telling(result, stern)
+    if result.reason:
+        lines.append(f"- reason: {cell(result.reason)}")
+    for f in told:
+        lines += [
+            f"- check `{f.check}`: measured {figure(f.measured)}, limit {figure(f.limit)}",
+            *([f"  - where: {cell(f.where)}"] if f.where else []),
+            *([f"  - hint: {cell(f.hint)}"] if f.hint else []),
+        ]
+    lines.append(f"- repro: {code(result.repro)}")
+    return "\n".join(lines)
