@@ -1,0 +1,68 @@
+"""Named sets of cases: `smoke` within `ci` within `full`, and `production`, the shapes of real calls.
+
+The lists are data (one id a line), so that a change shows in a diff and an upgrade of anything changes none of them.
+`smoke` is written by hand; `ci` and `full` add what `python -m m3check.cases.covering` wrote: every pair of axis values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from m3check.cases.ident import case_id, parse_id
+from m3check.types import OPS, Case, M3CheckError
+
+DATA = Path(__file__).parent.parent / "data"
+
+LISTS: Mapping[str, tuple[str, ...]] = {  # a tier and the lists that make it up, in the order of a plan
+    "smoke": ("smoke",),
+    "ci": ("smoke", "ci"),
+    "full": ("smoke", "ci", "full", "long"),
+}
+
+TIERS: Mapping[str, str] = {
+    "smoke": "every op, dtype and mode once; a minute or two on two CPU cores",
+    "ci": "every pair of the values that an interpreter affords; some minutes on two CPU cores",
+    "full": "every pair of all axis values and contexts to 1M tokens; minutes on a device",
+    "production": "the shapes of real prefill calls; needs a device",
+}
+
+
+def tier(name: str, ops: Sequence[str] | None = None) -> tuple[Case, ...]:
+    """The cases of a tier, of all ops or of some, in plan order; raises M3CheckError for an unknown name."""
+    if name not in TIERS:
+        raise M3CheckError(f"unknown tier {name!r}; known tiers: {', '.join(TIERS)}")
+    for op in ops or ():
+        if op not in OPS:
+            raise M3CheckError(f"unknown op {op!r}; known ops: {', '.join(OPS)}")
+    cases = _tier(name)
+    return tuple(case for case in cases if case.op in ops) if ops else cases
+
+
+@lru_cache
+def _tier(name: str) -> tuple[Case, ...]:
+    if name == "production":
+        from m3check.cases.production import production
+
+        return production()
+    unique = dict.fromkeys(parse_id(line) for part in LISTS[name] for line in listed(part))
+    return tuple(sorted(unique, key=lambda case: tuple(OPS).index(case.op)))
+
+
+def listed(name: str) -> tuple[str, ...]:
+    """The ids of one list in m3check/data, comments left out."""
+    text = (DATA / f"{name}.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def shard(cases: Iterable[Case], index: int, count: int) -> list[Case]:
+    """Part `index` (from 1) of `count`: by a hash of the id, so that a case stays in its part when others come and go."""
+    if not 1 <= index <= count:
+        raise M3CheckError(f"shard {index}/{count}: the first number counts from 1 to the second")
+    return [case for case in cases if _bucket(case, count) == index - 1]
+
+
+def _bucket(case: Case, count: int) -> int:
+    return int.from_bytes(hashlib.sha256(case_id(case).encode()).digest()[:8], "big") % count
