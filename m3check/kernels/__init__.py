@@ -1,0 +1,89 @@
+"""WHO IS TESTED: the providers of kernels, by name.
+
+Nothing heavy is imported here; `load` imports a provider's library, and `m3check list` never gets there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from types import ModuleType
+
+from m3check.arch import Arch
+from m3check.kernels.provider import Loaded, Provider, Spec
+from m3check.types import Case, Evidence, M3CheckError
+
+__all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "load", "parse_spec", "prepare", "refuses"]
+
+PROVIDERS: tuple[Provider, ...] = (
+    Provider("triton", ("triton",), "m3check's own Triton kernels", "triton", "m3check.kernels.ours"),
+    Provider(
+        "vllm",
+        ("vllm", "vllm==X.Y.Z", "vllm:PATH"),
+        "vLLM's MiniMax-M3 Triton kernels: installed, out of a published wheel, or at PATH (a checkout, a site-packages "
+        "folder or a wheel file)",
+        "triton; for vllm==X.Y.Z pip and the network once, then the cache",
+        "m3check.kernels.vllm",
+    ),
+    Provider(
+        "user",
+        ("./file.py", "package.module"),
+        "your own kernels: functions named like the ops (see m3check kernels --signatures)",
+        "what the file imports",
+        "m3check.kernels.user",
+    ),
+)
+
+_VERSION = re.compile(r"[0-9][0-9A-Za-z.+!]*")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def parse_spec(text: str) -> Spec:
+    """A provider from its command-line form; raises M3CheckError that lists the known forms."""
+    name, _, version = text.partition("==")
+    if name == "vllm" and "==" in text:
+        if not _VERSION.fullmatch(version):
+            raise M3CheckError(f"{text!r}: wanted a version after ==, such as vllm==0.33.0, got {version!r}")
+        return Spec(text, "vllm", version=version)
+    if text.startswith("vllm:"):
+        path = text.removeprefix("vllm:")
+        if not path:
+            raise M3CheckError("'vllm:' lacks a path: vllm:PATH names a checkout, a site-packages folder or a wheel file")
+        return Spec(text, "vllm", path=_absolute(path))
+    if text in ("triton", "vllm"):
+        return Spec(text, text)
+    if text.endswith(".py") or "/" in text or os.sep in text:
+        return Spec(text, "user", path=_absolute(text))
+    if _MODULE.fullmatch(text):
+        return Spec(text, "user", module=text)
+    known = " · ".join(form for provider in PROVIDERS for form in provider.grammar)
+    raise M3CheckError(f"unknown provider {text!r}; known: {known}")
+
+
+def prepare(spec: Spec, offline: bool = False) -> None:
+    """Make a provider's files available (fetch a wheel's files, once); raises M3CheckError where it cannot be found.
+
+    Imports none of its code, so that a run can fail early, and workers need no network.
+    """
+    _module(spec).prepare(spec, offline)
+
+
+def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool = False) -> Loaded:
+    """Import a provider's kernels, in a worker; raises M3CheckError that says what is wrong with them."""
+    loaded: Loaded = _module(spec).load(spec, arch, evidence, offline)
+    return loaded
+
+
+def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence = "interpreted") -> str | None:
+    """Why a provider cannot run a case, as far as can be told without importing its code or connecting; else None."""
+    sentence: str | None = _module(spec).refuses(spec, case, arch, evidence)
+    return sentence
+
+
+def _module(spec: Spec) -> ModuleType:
+    return importlib.import_module(next(p.module for p in PROVIDERS if p.name == spec.provider))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

@@ -1,0 +1,43 @@
+"""m3check's own Triton kernels: `m3check.kernels.triton.<op>` defines a function named like the op."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from m3check.arch import Arch
+from m3check.kernels.contract import SIGNATURES, check_signature
+from m3check.kernels.provider import Loaded, Spec, cannot_compile, with_chains
+from m3check.types import Case, Evidence, Kernel, M3CheckError, Profile
+
+PACKAGE = "m3check.kernels.triton"
+
+
+def prepare(spec: Spec, offline: bool) -> None:
+    """See that Triton is there, without importing it."""
+    for library in ("torch", "triton"):
+        if importlib.util.find_spec(library) is None:
+            raise M3CheckError(f"the provider triton needs {library}, which is not installed here")
+
+
+def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
+    """Import the kernels, a file an op; a file's PROFILE, where it has one, says what it promises beyond the defaults."""
+    prepare(spec, offline)
+    kernels: dict[str, Kernel] = {}
+    missing: dict[str, str] = {}
+    for op in SIGNATURES:
+        name = f"{PACKAGE}.{op}"
+        if importlib.util.find_spec(name) is None:
+            missing[op] = f"m3check has no Triton kernel for {op} yet"
+            continue
+        module = importlib.import_module(name)
+        function = getattr(module, op)
+        check_signature(op, function, name)
+        kernels[op] = Kernel(spec.text, op, op, getattr(module, "PROFILE", Profile()), function)
+    all_kernels, all_missing = with_chains(kernels, missing)
+    return Loaded(spec, all_kernels, all_missing, refusal=lambda op, case: cannot_compile(case, arch, evidence))
+
+
+def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
+    """Why our kernels cannot run a case."""
+    return cannot_compile(case, arch, evidence)

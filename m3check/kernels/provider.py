@@ -1,0 +1,123 @@
+"""What every provider of kernels says of itself: how it is named, what it loaded, what it cannot run and why."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from m3check.arch import Arch
+from m3check.types import OPS, Case, Evidence, Kernel
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A provider as named on the command line."""
+
+    text: str
+    """As typed; results, reports and repro lines carry it."""
+    provider: str
+    """The name of an entry of PROVIDERS."""
+    version: str = ""
+    path: str = ""
+    """Absolute path of a file or folder."""
+    module: str = ""
+    """Dotted name of a user's module."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One entry of PROVIDERS."""
+
+    name: str
+    grammar: tuple[str, ...]
+    """The forms of SPEC that name it."""
+    summary: str
+    needs: str
+    """What must be installed or reachable, in words."""
+    module: str
+    """Where its `prepare`, `load` and `refuses` are; imported only when they are called."""
+
+
+Refusal = Callable[[str, Case], str | None]
+"""Of an op (never a chain) and a case: the sentence why the kernel cannot run it, or None."""
+
+
+def _accepts(op: str, case: Case) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A provider's kernels in this process."""
+
+    spec: Spec
+    kernels: Mapping[str, Kernel]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """A sentence for each op that the provider does not have."""
+    description: Mapping[str, str] = field(default_factory=dict)
+    """Facts for the record: version, where from, hashes."""
+    warnings: tuple[str, ...] = ()
+    refusal: Refusal = _accepts
+
+    def refuses(self, case: Case) -> str | None:
+        """Why this provider's kernel for the case's op cannot run the case, or None where it can."""
+        if case.op not in self.kernels:
+            return self.missing.get(case.op, f"{self.spec.text} has no {case.op}")
+        for op in OPS[case.op].chain or (case.op,):
+            kernel = self.kernels[case.op].parts.get(op, self.kernels[case.op])
+            sentence = _no_scales(kernel, case) or self.refusal(op, case)
+            if sentence:
+                return sentence
+        return None
+
+
+def with_chains(kernels: Mapping[str, Kernel], missing: Mapping[str, str]) -> tuple[dict[str, Kernel], dict[str, str]]:
+    """The kernels and the chains made of them, and a sentence for each chain that lacks a part."""
+    all_kernels, all_missing = dict(kernels), dict(missing)
+    for op in OPS.values():
+        if not op.chain:
+            continue
+        lacking = [part for part in op.chain if part not in kernels]
+        if lacking:
+            reasons = " ".join(all_missing.get(part, "") for part in lacking).strip()
+            all_missing[op.name] = f"the chain {op.name} needs {', '.join(lacking)}: {reasons}"
+            continue
+        parts = {part: kernels[part] for part in op.chain}
+        select, attend = parts[op.chain[-2]], parts[op.chain[-1]]
+        profile = replace(
+            attend.profile,
+            id_order=select.profile.id_order,
+            tie_rule=select.profile.tie_rule,
+            forcing=select.profile.forcing,
+            nonfinite_scores=select.profile.nonfinite_scores,
+        )
+        name = " + ".join(part.name for part in parts.values())
+        all_kernels[op.name] = Kernel(attend.provider, op.name, name, profile, _by_parts, parts)
+    return all_kernels, all_missing
+
+
+def cannot_compile(case: Case, arch: Arch, evidence: Evidence) -> str | None:
+    """Why Triton has no fp8 dtype of the case on a target; the interpreter has them all."""
+    if evidence == "interpreted":
+        return None
+    for dtype in (case.dtype, case.cache_dtype, *([case.index_cache_dtype] if OPS[case.op].chain else [])):
+        if dtype.startswith("fp8") and dtype not in arch.fp8:
+            return f"Triton compiles no {dtype} for {arch.name}, only {', '.join(sorted(arch.fp8))}"
+    return None
+
+
+def _no_scales(kernel: Kernel, case: Case) -> str | None:
+    if case.scales == "none" or not kernel.op.startswith("sparse_attn"):
+        return None
+    try:
+        parameters = inspect.signature(kernel.function).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or {"k_scale", "v_scale"} <= set(parameters):
+        return None
+    return f"{kernel.name} takes no k_scale and v_scale, so it cannot read a scaled cache"
+
+
+def _by_parts(**_: object) -> None:
+    raise TypeError("a chain has no function of its own: contract.call runs its parts")

@@ -1,0 +1,146 @@
+"""The few modules that vLLM's kernel files import, so that they run without vLLM; the platform presents ARCH.
+
+vLLM's own packages are never executed. The modules are in `sys.modules` only while a kernel file is imported or called,
+since some files import lazily, inside functions; so several versions can live in one process, beside a real vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+from m3check.arch import Arch
+
+
+class Platform:
+    """What `vllm.platforms.current_platform` answers on a target; what it is not asked today raises with its name."""
+
+    def __init__(self, arch: Arch, pdl: bool) -> None:
+        self._arch, self._pdl = arch, pdl
+
+    def is_cuda(self) -> bool:
+        """Whether the target is NVIDIA's."""
+        return self._arch.vendor == "nvidia"
+
+    def is_rocm(self) -> bool:
+        """Whether the target is AMD's."""
+        return self._arch.vendor == "amd"
+
+    def is_device_capability(self, capability: tuple[int, int] | int, device_id: int = 0) -> bool:
+        """Whether the target has exactly this compute capability, as (major, minor) or as one number such as 120."""
+        major, minor = self._arch.capability
+        return capability == (major, minor) if isinstance(capability, tuple) else capability == major * 10 + minor
+
+    def is_arch_support_pdl(self) -> bool:
+        """Whether kernels are launched with programmatic dependent launch."""
+        return self._pdl
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"m3check's stand-in for vllm.platforms.current_platform has no {name!r}")
+
+
+class World:
+    """One version's modules: stand-ins, empty shells of its packages, and its kernel files as they are imported."""
+
+    def __init__(self, folder: Path, arch: Arch, pdl: bool) -> None:
+        import triton
+        import triton.language as tl
+
+        self._modules: dict[str, ModuleType] = {}
+        self._finder = _Finder(folder)
+        for package in ("vllm", "vllm.utils", "vllm.models", "vllm.models.minimax_m3"):
+            self._add(package)
+        for branch in ("amd", "common", "nvidia"):
+            self._add(f"vllm.models.minimax_m3.{branch}")
+            self._add(f"vllm.models.minimax_m3.{branch}.ops")
+        self._add("vllm.platforms", current_platform=Platform(arch, pdl))
+        self._add(
+            "vllm.platforms.rocm",
+            on_gfx942=lambda: arch.name == "gfx942",
+            on_gfx950=lambda: arch.name == "gfx950",
+            on_mi3xx=lambda: arch.name in ("gfx942", "gfx950"),
+        )
+        log2e = 1.4426950408889634
+        self._add("vllm.triton_utils", triton=triton, tl=tl, HAS_TRITON=True, LOG2E=log2e, LOGE2=1 / log2e)
+        self._add(
+            "vllm.utils.math_utils",
+            cdiv=lambda a, b: -(a // -b),
+            round_up=lambda a, b: -(a // -b) * b,
+            next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
+        )
+
+    def load(self, name: str) -> ModuleType:
+        """Import one kernel file by its dotted name."""
+        with self.entered():
+            return importlib.import_module(name)
+
+    def inside(self, function: Callable[..., Any], **fixed: Any) -> Callable[..., Any]:
+        """The function with `fixed` keywords, called while this world's modules are in place; its signature is kept."""
+        bound = functools.partial(function, **fixed) if fixed else function
+
+        def call(*args: Any, **keywords: Any) -> Any:
+            with self.entered():
+                return bound(*args, **keywords)
+
+        functools.update_wrapper(call, function)
+        call.__wrapped__ = bound  # type: ignore[attr-defined]  # what inspect.signature follows
+        return call
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Put this world's modules into sys.modules, and afterwards everything back as it was."""
+        outside = _taken_out()
+        sys.modules.update(self._modules)
+        sys.meta_path.insert(0, self._finder)
+        try:
+            yield
+        finally:
+            sys.meta_path.remove(self._finder)
+            self._modules = _taken_out()
+            sys.modules.update(outside)
+
+    def _add(self, name: str, **attributes: Any) -> None:
+        module = ModuleType(name, "A stand-in of m3check.")
+        module.__path__ = []
+        module.__dict__.update(attributes)
+        self._modules[name] = module
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(self._modules[parent], child, module)
+
+
+def _taken_out() -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == "vllm" or name.startswith("vllm.")]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds `vllm.models.minimax_m3.*.ops.*` in one folder, and nothing else of vLLM anywhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname.partition(".")[0] != "vllm":
+            return None
+        file = self._folder.joinpath(*fullname.split(".")).with_suffix(".py")
+        if fullname.startswith("vllm.models.minimax_m3.") and ".ops." in fullname and file.is_file():
+            return importlib.util.spec_from_file_location(fullname, file, loader=_SourceLoader(fullname, str(file)))
+        raise ModuleNotFoundError(f"m3check has no stand-in for {fullname}", name=fullname)
+
+
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the file itself: a .pyc beside a file whose hash was checked would run unchecked."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)

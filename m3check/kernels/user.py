@@ -1,0 +1,107 @@
+"""A user's kernels: a Python file or module with functions named like the ops."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from m3check.arch import Arch
+from m3check.kernels.contract import SIGNATURES, check_signature
+from m3check.kernels.provider import Loaded, Spec, with_chains
+from m3check.types import Case, Evidence, Kernel, M3CheckError, Profile
+
+ALIAS = "minimax_m3_"
+"""vLLM's prefix of the same names, accepted as well."""
+
+
+def prepare(spec: Spec, offline: bool) -> None:
+    """See that the file or module is there, without running it."""
+    if spec.path and not Path(spec.path).is_file():
+        raise M3CheckError(f"there is no kernel file {spec.path}")
+    if spec.module:
+        _importable_from_here()
+        top = spec.module.partition(".")[0]
+        if importlib.util.find_spec(top) is None:
+            raise M3CheckError(f"there is no module {spec.module}: {top} is neither here ({os.getcwd()}) nor installed")
+
+
+def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
+    """Import the file or module and take its functions that are named like ops."""
+    prepare(spec, offline)
+    module = _import(spec)
+    profile = getattr(module, "PROFILE", None)
+    if profile is not None and not isinstance(profile, Profile):
+        raise M3CheckError(f"{spec.text}: PROFILE is {type(profile).__name__}, wanted m3check.Profile(...)")
+    kernels: dict[str, Kernel] = {}
+    for op in SIGNATURES:
+        name = next((n for n in (op, ALIAS + op) if hasattr(module, n)), None)
+        if name is None:
+            continue
+        function = getattr(module, name)
+        if not callable(function):
+            raise M3CheckError(f"{spec.text}: {name} is {type(function).__name__}, wanted a function")
+        check_signature(op, function, f"{spec.text}: {name}")
+        kernels[op] = Kernel(spec.text, op, name, profile or Profile(), function)
+    if not kernels:
+        raise M3CheckError(f"{spec.text} defines no kernel; wanted functions named {', '.join(SIGNATURES)}")
+    missing = {op: f"{spec.text} defines no {op}" for op in SIGNATURES if op not in kernels}
+    all_kernels, all_missing = with_chains(kernels, missing)
+    return Loaded(spec, all_kernels, all_missing, {"from": getattr(module, "__file__", None) or spec.text})
+
+
+def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
+    """Nothing is known of a user's kernels before they are loaded."""
+    return None
+
+
+def _import(spec: Spec) -> ModuleType:
+    try:
+        if spec.module:
+            return importlib.import_module(spec.module)
+        return _import_file(Path(spec.path))
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{spec.module}.".startswith(f"{error.name}."):
+            raise M3CheckError(f"there is no module {spec.module}: {error}") from error
+        raise M3CheckError(
+            f"{spec.text} does not import: {_where(error)}{type(error).__name__}: {_message(error)}"
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # its neighbours, as if it had been run
+    found = importlib.util.spec_from_file_location(f"m3check_user_{path.stem}", path)
+    if found is None or found.loader is None:
+        raise M3CheckError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses and Triton look a function's module up
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[found.name]
+        raise
+    return module
+
+
+def _importable_from_here() -> None:
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the deepest frame outside the import machinery, which is where to look first."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: "
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    own = [f for f in frames if f.filename != __file__ and "importlib" not in Path(f.filename).parts]
+    return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
+
+
+def _message(error: BaseException) -> str:
+    return error.msg if isinstance(error, SyntaxError) else str(error)

@@ -1,0 +1,297 @@
+"""vLLM's MiniMax-M3 Triton kernels, installed, out of a published wheel or from a checkout: one adapter for every version.
+
+Only the kernel files are executed, each by its path and beside stand-ins for what they import; what a version can do is
+read from its source (`reading`). Facts: the vLLM wheels 0.24.0 to 0.33.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from m3check.arch import Arch
+from m3check.kernels import reading, wheels
+from m3check.kernels.contract import SIGNATURES
+from m3check.kernels.provider import Loaded, Spec, cannot_compile, with_chains
+from m3check.kernels.reading import PREFIX, Reading
+from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, Profile
+
+TREE = "vllm/models/minimax_m3"
+
+FILES: Mapping[str, str] = {  # op: the file that defines it, in common/ops and amd/ops alike
+    "index_score": "index_topk",
+    "index_topk": "index_topk",
+    "index_decode_score": "index_topk",
+    "index_decode": "index_topk",
+    "sparse_attn": "sparse_attn",
+    "sparse_attn_decode": "sparse_attn",
+}
+
+COMMON_ON_AMD = frozenset({"sparse_attn_decode"})
+"""amd/ops/sparse_attn.py re-exports the common one."""
+
+ID_LISTS: Mapping[str, frozenset[str]] = {  # which id lists attention bears, by how it reads ids
+    "leading": frozenset({"full", "ascending"}),
+    "counted": frozenset({"full", "ascending", "short"}),
+    "tested": frozenset({"full", "ascending", "short", "holes"}),
+    "bounded": frozenset({"full", "ascending", "short", "holes", "future"}),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Kernel files on disk."""
+
+    folder: Path
+    """Holds `vllm/…`."""
+    version: str
+    origin: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What production runs for one op on one target."""
+
+    module: str
+    reading: Reading
+
+
+def prepare(spec: Spec, offline: bool) -> None:
+    """Find or fetch the files; raises M3CheckError where there are none."""
+    locate(spec, offline)
+
+
+def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
+    """Why the kernels of a spec cannot run a case, read from their source; None too while they are not fetched."""
+    try:
+        choices, missing = choose(_located_offline(spec), arch)
+    except M3CheckError:
+        return cannot_compile(case, arch, evidence)
+    for op in OPS[case.op].chain or (case.op,):
+        if op in missing:
+            return missing[op]
+        if case.scales != "none" and op.startswith("sparse_attn") and "k_scale" not in choices[op].reading.parameters:
+            return f"{choices[op].reading.function} takes no k_scale and v_scale, so it cannot read a scaled cache"
+        sentence = _refusal(choices, arch, evidence, op, case)
+        if sentence:
+            return sentence
+    return None
+
+
+def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
+    """Execute the kernel files that production uses on `arch`."""
+    for library in ("torch", "triton"):
+        if importlib.util.find_spec(library) is None:
+            raise M3CheckError(f"vLLM's kernels need {library}, which is not installed here")
+    from m3check.kernels.standin import World
+
+    source = locate(spec, offline)
+    choices, missing = choose(source, arch)
+    world = World(source.folder, arch, pdl=arch.pdl and (evidence != "interpreted" or _dependent_launch_runs()))
+    kernels = {}
+    for op, choice in choices.items():
+        try:
+            function = getattr(world.load(choice.module), choice.reading.function)
+        except Exception as error:
+            raise M3CheckError(_import_failure(source, choice.module, error)) from error
+        unknown = {name: None for name in choice.reading.extra if name not in SIGNATURES[op][0]}
+        kernels[op] = Kernel(
+            spec.text, op, choice.reading.function, _profile(op, choice, arch), world.inside(function, **unknown)
+        )
+    all_kernels, all_missing = with_chains(kernels, missing)
+    return Loaded(
+        spec,
+        all_kernels,
+        all_missing,
+        _description(source, choices, arch),
+        source.warnings,
+        functools.partial(_refusal, choices, arch, evidence),
+    )
+
+
+def _dependent_launch_runs() -> bool:
+    """Whether the interpreter takes PDL calls: as published it raises on them, repaired they are plain no-ops."""
+    from triton.language.extra import cuda
+
+    try:
+        cuda.gdc_wait()
+    except Exception:
+        return False
+    return True
+
+
+# Where the files are.
+
+
+def locate(spec: Spec, offline: bool) -> Source:
+    """The kernel files that a spec names."""
+    if spec.version:
+        files = wheels.published(spec.version, offline)
+        return Source(files.folder, files.version, "published wheel", files.warnings)
+    if spec.path:
+        return _at(Path(spec.path))
+    return _installed()
+
+
+@functools.cache
+def _located_offline(spec: Spec) -> Source:
+    return locate(spec, offline=True)
+
+
+def _installed() -> Source:
+    found = importlib.util.find_spec("vllm")
+    folders = list(found.submodule_search_locations or []) if found else []
+    for folder in folders:
+        if Path(folder).joinpath(*TREE.split("/")[1:]).is_dir():
+            return Source(Path(folder).parent, importlib.metadata.version("vllm"), "installed")
+    if folders:
+        version = importlib.metadata.version("vllm")
+        raise M3CheckError(f"the installed vllm {version} has no MiniMax-M3 kernels ({TREE}); they came with 0.24.0")
+    raise M3CheckError(
+        "vllm is not installed here; name a published version (vllm==0.33.0) or a checkout, site-packages folder or wheel "
+        "(vllm:PATH)"
+    )
+
+
+def _at(path: Path) -> Source:
+    if path.suffix == ".whl" and path.is_file():
+        files = wheels.unpacked(path)
+        return Source(files.folder, files.version, f"wheel {path.name}", files.warnings)
+    for folder in (path, path.parent if path.name == "vllm" else path):
+        if (folder / TREE).is_dir():
+            return Source(folder, _version_beside(folder), str(path))
+    wanted = "a checkout, a site-packages folder, a folder that holds vllm/, or a .whl file"
+    if not path.exists():
+        raise M3CheckError(f"vllm:PATH: there is nothing at {path}; wanted {wanted}")
+    raise M3CheckError(f"vllm:PATH: {path} has no {TREE}; wanted {wanted}")
+
+
+def _version_beside(folder: Path) -> str:
+    """The version of a folder that holds vllm/, from its dist-info or from the file that its build wrote."""
+    infos = sorted(p.name for p in folder.glob("vllm-*.dist-info"))
+    if infos:
+        return infos[-1].removeprefix("vllm-").removesuffix(".dist-info")
+    try:
+        match = re.search(
+            r"""^(?:__version__|version)\b[^'"]*['"]([^'"]+)""", (folder / "vllm/_version.py").read_text(), re.M
+        )
+    except OSError:
+        match = None
+    return match[1] if match else "unknown"
+
+
+# What production runs.
+
+
+def choose(source: Source, arch: Arch) -> tuple[dict[str, Choice], dict[str, str]]:
+    """For each op the function that production calls on a target, or the sentence why there is none."""
+    choices: dict[str, Choice] = {}
+    missing: dict[str, str] = {}
+    for op, stem in FILES.items():
+        amd = (
+            arch.vendor == "amd" and op not in COMMON_ON_AMD and (source.folder / TREE / "amd/ops" / f"{stem}.py").is_file()
+        )
+        branch = "amd" if amd else "common"
+        path = source.folder / TREE / branch / "ops" / f"{stem}.py"
+        if not path.is_file():
+            raise M3CheckError(f"{path} is not there, so this vLLM's {op} cannot be loaded")
+        ops = _read(path, os.stat(path).st_mtime_ns)
+        if op in ops:
+            choices[op] = Choice(f"{TREE.replace('/', '.')}.{branch}.ops.{stem}", ops[op])
+            continue
+        where = f"{branch}/ops/{stem}.py" + (f", which production runs on {arch.name}" if amd else "")
+        missing[op] = f"vllm {source.version} has no {PREFIX}{op} in {where}"
+    return choices, missing
+
+
+@functools.cache
+def _read(path: Path, changed: int) -> Mapping[str, Reading]:
+    return reading.read_file(path)
+
+
+def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
+    found = choice.reading
+    selector = "amd.ops" in choice.module and op == "index_decode" and "completion_counter" in found.parameters
+    return Profile(
+        kv_layout=found.kv_layout or "packed",
+        id_order="score",
+        tie_rule="smaller_id" if selector else "any",
+        dead_rows="nan",
+        id_lists=ID_LISTS[found.id_rule],
+        nonfinite_scores=selector,
+        normaliser="lse",
+        dequantise="rounded",
+        partials="query",
+        fp32_dot="tf32" if arch.vendor == "nvidia" else "ieee",
+    )
+
+
+def _refusal(choices: Mapping[str, Choice], arch: Arch, evidence: Evidence, op: str, case: Case) -> str | None:
+    found = choices[op].reading
+    scores = op in ("index_score", "index_decode_score", "index_decode")
+    if scores and case.head_dim & (case.head_dim - 1):
+        return f"{found.function} needs a head_dim that is a power of two, got {case.head_dim}"
+    if op.startswith("index_decode") and case.kv_heads & (case.kv_heads - 1):
+        return f"{found.function} needs a number of index heads that is a power of two, got {case.kv_heads}"
+    if scores:
+        sentence = _mixed(found, case)
+        if sentence:
+            return sentence
+    elif op != "index_topk" and not case.cache_dtype.startswith("fp8") and case.cache_dtype != case.dtype:
+        return f"{found.function} multiplies {case.dtype} queries with a {case.dtype} or fp8 cache, got {case.cache_dtype}"
+    return cannot_compile(case, arch, evidence)
+
+
+def _mixed(found: Reading, case: Case) -> str | None:
+    """Index queries and keys of different dtypes: only fp8 beside bf16, and only where the kernel widens it."""
+    if OPS[case.op].chain:
+        keys = case.index_cache_dtype
+        queries = keys if keys.startswith("fp8") else case.dtype
+    else:
+        queries, keys = case.dtype, case.cache_dtype
+    if queries == keys:
+        return None
+    plain = [dtype for dtype in (queries, keys) if not dtype.startswith("fp8")]
+    if found.mixes_fp8 and plain in (["bf16"], []):
+        return None
+    wanted = "the same dtype, or one fp8 and one bf16" if found.mixes_fp8 else "the same dtype"
+    return f"{found.function} needs queries and keys of {wanted}, got {queries} and {keys}"
+
+
+# Words about it.
+
+
+def _description(source: Source, choices: Mapping[str, Choice], arch: Arch) -> dict[str, str]:
+    import hashlib
+
+    modules = sorted({choice.module for choice in choices.values()})
+    files = [source.folder.joinpath(*module.split(".")).with_suffix(".py") for module in modules]
+    return {
+        "version": source.version,
+        "from": source.origin,
+        **{
+            f"sha256 {file.relative_to(source.folder / TREE).as_posix()}": hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files
+        },
+        **({"note": _family_100()} if arch.name in ("sm100", "sm103") else {}),
+    }
+
+
+def _family_100() -> str:
+    return "on this target production runs fmha_sm100 and CuteDSL kernels for topk 16; these are the Triton ones"
+
+
+def _import_failure(source: Source, module: str, error: Exception) -> str:
+    file = source.folder.joinpath(*module.split(".")).with_suffix(".py")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(source.folder))]
+    line = f":{frames[-1].lineno}" if frames else ""
+    where = frames[-1].filename if frames else str(file)
+    return f"vllm {source.version}: {where}{line} does not import: {type(error).__name__}: {error}"
