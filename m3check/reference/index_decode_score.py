@@ -5,7 +5,8 @@
                      max of idx_q[t, h] · idx_k[n] over the visible tokens of b, elsewhere; -inf without a visible token
 
 The queries are the last query_len tokens of each request. A request with fewer tokens than queries starts with dead rows,
-which see nothing and are -inf throughout. Scores are fp32 cells, so a forced one holds what fp32 makes of its constant. The plain scores, before forcing, are those of `index_score`.
+which see nothing and are -inf throughout. Scores are fp32 cells, so a forced one holds what fp32 makes of its constant.
+The plain scores, before forcing, are those of `index_score`.
 """
 
 from __future__ import annotations
