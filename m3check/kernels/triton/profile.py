@@ -1,0 +1,18 @@
+"""What our Triton kernels need and promise."""
+
+from m3check.types import Profile
+
+PROFILE = Profile(
+    kv_layout="packed",
+    id_order="score",
+    tie_rule="smaller_id",
+    forcing="init_first",
+    forced_scores=True,
+    dead_rows="zero",
+    nonfinite_scores=True,
+    normaliser="sum",
+    dequantise="rounded",
+    partials="fp32",
+    fp32_dot="ieee",
+    bitwise=frozenset({"repeat"}),
+)

@@ -1,0 +1,78 @@
+"""How much one program takes on: tile sizes from shapes and dtypes alone, so that a captured graph stays valid."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m3check.types import BLOCK
+
+WAVE = 512
+"""Programs that fill a large GPU about twice over; splits stop there."""
+
+INTERPRETED_WAVE = 64
+"""The same for the interpreter, which runs programs one after another and pays for each."""
+
+
+def interpreted() -> bool:
+    """Whether launches go to Triton's interpreter, where few large tiles are cheaper than many small ones."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n` and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def floor_power_of_two(n: int) -> int:
+    """The largest power of two that is at most `n`, at least 1."""
+    return 1 << (max(1, n).bit_length() - 1)
+
+
+def splits(programs: int, most: int) -> int:
+    """Into how many parts to cut the work of each of `programs` programs, at most `most`."""
+    wave = INTERPRETED_WAVE if interpreted() else WAVE
+    return max(1, min(floor_power_of_two(wave // max(1, programs)), most))
+
+
+def score_rows(rows: int, dtype: torch.dtype) -> int:
+    """(query, head) pairs of one score tile; tl.dot wants 16 at least."""
+    most = 32 if dtype is torch.float32 else 64
+    return max(16, min(power_of_two(rows), most))
+
+
+def score_keys(dtype: torch.dtype) -> int:
+    """Keys of one step of the score kernels: a divisor of a block; fp32 tiles take twice the memory and no MMA."""
+    return 32 if dtype is torch.float32 and not interpreted() else BLOCK
+
+
+def attention_keys(dtype: torch.dtype) -> int:
+    """Keys of one step of attention; K and V of two steps fit the 64 KB that a gfx942 block may use."""
+    if interpreted():
+        return 4 * BLOCK
+    return 32 if dtype is torch.float32 else 64
+
+
+def selection(columns: int, rows: int) -> tuple[int, int]:
+    """Rows and columns of one selection tile of sort keys (8 bytes each)."""
+    cells, widest = (1 << 16, 1 << 13) if interpreted() else (1 << 12, 1 << 10)
+    width = max(16, min(power_of_two(columns), widest))
+    return max(1, min(power_of_two(rows), cells // width, 64)), width
+
+
+def head_rows(gqa: int) -> int:
+    """Query heads of one KV head as rows of a tile; tl.dot wants 16 at least."""
+    return max(16, power_of_two(gqa))
+
+
+TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds every operand exactly; fp8 alone becomes bf16, which holds all its dialects."""
+    wide = {t.dtype for t in tensors if t.dtype.itemsize > 1}
+    if not wide:
+        return torch.bfloat16
+    return wide.pop() if len(wide) == 1 else torch.float32
