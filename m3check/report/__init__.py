@@ -18,14 +18,19 @@ FILES = {"json": "report.json", "md": "report.md", "junit": "junit.xml"}
 """What a run leaves in its folder, the record first: where the disk fills, the rest can be made again from it."""
 
 
-def render(records: Sequence[Record], format: str) -> str:
-    """One record as a report, several as the op × arch × provider matrix. Raises M3CheckError for an unknown format."""
+def check_format(format: str) -> None:
+    """Raise M3CheckError for a format that is unknown, or not there yet."""
     if format == "html":
         raise M3CheckError("--format html is not available in this version; formats: " + ", ".join(FORMATS))
     if format not in FORMATS:
         close = difflib.get_close_matches(format, FORMATS, n=1)
         guess = f"did you mean {close[0]}? Known: " if close else "known: "
         raise M3CheckError(f"unknown format {format!r}; {guess}{', '.join(FORMATS)}")
+
+
+def render(records: Sequence[Record], format: str) -> str:
+    """One record as a report, several as the op × arch × provider matrix. Raises M3CheckError for an unknown format."""
+    check_format(format)
     if format == "junit":
         from m3check.report import junit
 

@@ -21,7 +21,7 @@ def red_word(result: Result, strict: bool) -> str:
 
 def strict(record: Record) -> bool:
     """Whether the run was asked to be strict, so that reports call red what made its exit code."""
-    return "--strict" in record.command.split()
+    return "--strict" in record.command.split() or bool(record.environment.get("strict"))
 
 
 def summarise(results: Iterable[Result]) -> dict[str, int]:

@@ -1,0 +1,191 @@
+"""The command line: which words there are, and how a mistake is told. Each command lives in m3check/commands/.
+
+Nothing heavy is imported before a command is known: `m3check run --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from m3check.commands.talk import drop_stdout, talk
+from m3check.types import M3CheckError
+
+COMMANDS = (  # in the order of the help: name, one line
+    ("run", "run kernels on cases, judge them, write reports"),
+    ("list", "what a run would do, and why it would skip; no kernel runs"),
+    ("archs", "the hardware targets"),
+    ("kernels", "the providers of kernels, and how a kernel is called"),
+    ("show", "one record as a report, several as an op × arch × provider table"),
+    ("compare", "two records of one target: what got worse; exits 1 on a regression"),
+    ("merge", "several records of one target into one"),
+    ("doctor", "what this machine has, what is missing, and what to do about it"),
+    ("schema", "the JSON Schema of report.json"),
+)
+
+EXIT_CODES = """\
+exit codes:
+  0  every named provider gave results and none is red
+  1  a result is failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive);
+     for compare: a regression
+  2  interrupted
+  3  internal error
+  4  usage, or a named provider cannot be found
+  5  nothing ran, or nothing for a named provider
+stdout is data, stderr is talk. NO_COLOR is respected."""
+
+
+class Usage(M3CheckError):
+    """A command line that cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is an exception, so that main() tells every mistake alike and exits 4."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting 2, which means interrupted here."""
+        raise Usage(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    whole = Parser(
+        prog="m3check",
+        description="Says whether an optimized MiniMax-M3 sparse-attention kernel computes what the mathematics says.",
+        epilog=EXIT_CODES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    whole.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=Parser)
+    made = {
+        name: commands.add_parser(
+            name, help=line, description=line, epilog=EXIT_CODES, formatter_class=raw, allow_abbrev=False
+        )
+        for name, line in COMMANDS
+    }
+    _selection(made["run"])
+    _running(made["run"])
+    _selection(made["list"])
+    made["list"].add_argument("--format", default="table", help="table (default) or json")
+    made["archs"].add_argument("--explain", metavar="ARCH", help="one target in full, with the source of each figure")
+    made["kernels"].add_argument("--signatures", action="store_true", help="the functions that your own kernels need")
+    made["show"].add_argument("records", nargs="+", metavar="RECORD", help="report.json, or the folder that holds it")
+    made["show"].add_argument("--format", default="md", metavar="FORMAT", help="md (default), junit or json; html later")
+    made["compare"].add_argument("old", metavar="OLD", help="report.json of before, or its folder")
+    made["compare"].add_argument("new", metavar="NEW", help="report.json of now, or its folder")
+    made["compare"].add_argument("--format", default="md", metavar="FORMAT", help="md (default) or json")
+    made["compare"].add_argument(
+        "--growth", type=float, metavar="X", help="factor of measured/limit that is a regression (default 2: a lost bit)"
+    )
+    made["merge"].add_argument("records", nargs="+", metavar="RECORD", help="report.json, or the folder that holds it")
+    made["merge"].add_argument("--out", metavar="DIR", help="write the reports there (default: report.json on stdout)")
+    return whole
+
+
+def _selection(command: argparse.ArgumentParser) -> None:
+    """What `run` and `list` agree on: which cases, on whose kernels, for which target."""
+    choice = command.add_argument_group("what")
+    choice.add_argument(
+        "--arch", required=True, metavar="ARCH", help="target: sm80 … sm121, gfx942, gfx950 (m3check archs)"
+    )
+    choice.add_argument(
+        "--kernels",
+        nargs="+",
+        action="extend",
+        metavar="SPEC",
+        help="triton (default), vllm, vllm==X.Y.Z, vllm:PATH, module.path, ./file.py … (m3check kernels)",
+    )
+    choice.add_argument("--op", nargs="+", action="extend", metavar="OP", help="only these ops (default: all)")
+    choice.add_argument("--tier", metavar="TIER", help="smoke (default), ci, full or production")
+    choice.add_argument("-k", metavar="EXPR", help="only cases that match, as in pytest: -k 'gauss and not fp8'")
+    choice.add_argument("--case", nargs="+", action="extend", metavar="ID", help="these cases instead of a tier")
+    choice.add_argument("--shard", type=_shard, metavar="I/N", help="the I-th of N parts, stable by case id")
+    choice.add_argument("--seed", type=int, metavar="N", help="other random inputs; becomes part of the case ids (~N)")
+    choice.add_argument("--require", metavar="EVIDENCE", help="only device, interpreted or compiled results count")
+    choice.add_argument("--offline", action="store_true", help="never connect; a wheel must be in the cache")
+
+
+def _running(command: argparse.ArgumentParser) -> None:
+    how = command.add_argument_group("how")
+    how.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: as the machine allows)")
+    how.add_argument("--timeout", type=float, metavar="S", help="seconds a case, compilation apart (default 120)")
+    how.add_argument("--resume", action="store_true", help="keep what the folder's journal holds, run the rest")
+    how.add_argument("--strict", action="store_true", help="noted, mistrusted and inconclusive are red as well")
+    how.add_argument("--sanitize", action="store_true", help="not available in this version: exits 4")
+    how.add_argument("--save-failures", type=int, metavar="N", help="not available in this version: exits 4")
+    how.add_argument("--out", metavar="DIR", help="folder of journal and reports (default reports/<arch>/)")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, whole = text.partition("/")
+    try:
+        return int(part), int(whole)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted I/N, such as 1/3, got {text!r}") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code and never lets an exception out."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(words)
+    except M3CheckError as error:
+        return _end(getattr(error, "exit_code", 4), str(error))
+    except KeyboardInterrupt:
+        return _end(2, "interrupted")
+    except BrokenPipeError:  # `m3check list | head`: the reader has what it wanted
+        drop_stdout()
+        return 0
+    except ImportError as error:
+        if (sentence := _missing(error)) is None:
+            return _internal(error)
+        return _end(4, sentence)
+    except Exception as error:
+        return _internal(error)
+
+
+def _main(words: list[str]) -> int:
+    whole = parser()
+    if words and not words[0].startswith("-"):
+        from m3check.config import choose
+
+        choose("command", words[0], [name for name, _ in COMMANDS])
+    arguments = whole.parse_args(words)
+    if arguments.version:
+        from m3check import __version__
+
+        print(f"m3check {__version__}")
+        return 0
+    if arguments.command is None:
+        whole.print_help(sys.stderr)
+        return _end(4, "no command given")
+    command = import_module(f"m3check.commands.{arguments.command}")
+    code: int = command.main(arguments)
+    sys.stdout.flush()
+    return code
+
+
+def _end(code: int, sentence: str) -> int:
+    talk(f"m3check: exit {code}: {sentence}")
+    return code
+
+
+def _internal(error: BaseException) -> int:
+    import traceback
+
+    traceback.print_exception(error)
+    return _end(3, f"internal error: {type(error).__name__}: {error}; this is a defect of m3check, please report it")
+
+
+def _missing(error: ImportError) -> str | None:
+    """A sentence with the line that mends it, where a dependency is not installed."""
+    names = {"torch", "triton", "numpy", "msgspec", "tabulate", "remotezip", "platformdirs"}
+    name = (error.name or "").partition(".")[0]
+    if name not in names or not isinstance(error, ModuleNotFoundError):
+        return None
+    return f"{name} is not installed and this command needs it: pip install {name}"

@@ -1,0 +1,55 @@
+"""`m3check kernels`: who can be tested, and what a kernel of one's own must look like."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from importlib import metadata
+
+from m3check.commands.talk import emit
+
+LIBRARIES = {"triton": "triton", "vllm": "vllm", "sglang": "sglang", "flashinfer": "flashinfer-python"}
+"""The distribution whose installed version is shown for a provider."""
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the providers, or with --signatures the functions that a user's file may define."""
+    if arguments.signatures:
+        emit(signatures())
+        return 0
+    from tabulate import tabulate
+
+    from m3check.kernels import PROVIDERS
+
+    rows = [
+        (p.name, "\n".join(p.grammar), p.summary, p.needs, installed(LIBRARIES.get(p.name, "")) or "–") for p in PROVIDERS
+    ]
+    headers = ["provider", "SPEC", "what it is", "needs", "installed"]
+    emit(tabulate(rows, headers=headers, tablefmt="grid", disable_numparse=True, maxcolwidths=[None, None, 44, 36, None]))
+    return 0
+
+
+def installed(distribution: str) -> str:
+    """The version of an installed distribution, or an empty string."""
+    try:
+        return metadata.version(distribution) if distribution else ""
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def signatures() -> str:
+    """The functions of a user's file as Python stubs, every parameter explained once."""
+    from m3check.kernels.contract import OPTIONAL, PARAMETERS, SIGNATURES
+    from m3check.types import OPS
+
+    lines = ["# Functions named like the ops, called with these keywords; those marked ~ need not be taken.", ""]
+    for op, (parameters, returns) in SIGNATURES.items():
+        lines += [
+            f"# {OPS[op].summary}",
+            *textwrap.wrap(f"def {op}(*, {', '.join(parameters)}):", 100, subsequent_indent=" " * 8),
+        ]
+        lines += [f'    """Returns {returns}."""', ""]
+    lines.append("# H index heads = KV heads, T query tokens, R requests, K block columns, D head_dim")
+    width = max(len(name) for name in PARAMETERS)
+    lines += [f"# {'~' if name in OPTIONAL else ' '} {name:<{width}}  {text}" for name, text in PARAMETERS.items()]
+    return "\n".join(lines)

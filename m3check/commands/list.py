@@ -1,0 +1,32 @@
+"""`m3check list`: the plan of a run, with the reason for everything it would skip. No kernel runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from m3check.commands.options import options as options_of
+from m3check.commands.talk import emit, talk
+from m3check.config import choose
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print the plan; exits 5 where a run would have nothing to run."""
+    choose("format", arguments.format, ("table", "json"))
+    options = options_of(arguments)
+    from m3check import api
+
+    lines = api.plan(options)
+    if arguments.format == "json":
+        emit(json.dumps([asdict(line) for line in lines], indent=1))
+    elif lines:
+        from tabulate import tabulate
+
+        rows = [(line.op, line.provider, line.evidence, line.case, line.skip or "") for line in lines]
+        headers = ["op", "provider", "evidence", "case", "skipped because"]
+        emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
+    skipped = sum(line.skip is not None for line in lines)
+    due = [line for line in lines if line.skip is None and options.require in (None, line.evidence)]
+    talk(f"m3check: {len(lines)} planned, {skipped} of them skipped" + ("" if due else ": nothing would run"))
+    return 0 if due else 5

@@ -1,0 +1,134 @@
+"""`m3check run`: run, tell, and leave a valid report whatever happens."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from m3check.commands.options import options as options_of
+from m3check.commands.progress import Progress
+from m3check.commands.talk import emit, talk
+from m3check.config import RunOptions
+from m3check.types import Exit, M3CheckError, Record, Result
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run, write the reports, print the summary; the last line on stderr says code, reason and where the report is."""
+    progress = Progress(sys.stderr, bool(arguments.strict))
+    options = options_of(arguments, progress)
+    if sys.platform != "linux":
+        raise M3CheckError(f"kernels run on Linux only, this is {sys.platform}; list, show and compare work here")
+    from m3check.report.files import check_writable
+
+    check_writable(options.folder)
+    with _signals(signal.SIGTERM, _interrupt):  # what ends a job in CI must leave a report as ctrl-C does
+        record = _run(options, progress)
+    progress.close()
+    with _signals(signal.SIGINT, signal.SIG_IGN):  # a second ctrl-C must not cut the report off
+        record, report = _write(record, options.folder)
+    _print(record)
+    talk(f"m3check: exit {record.exit.code}: {record.exit.reason}; report: {report}")
+    return record.exit.code
+
+
+def _run(options: RunOptions, progress: Progress) -> Record:
+    """The run's record; where the run broke off, a record of what had come by then."""
+    try:
+        from m3check import api
+
+        return api.run(options)
+    except (M3CheckError, ImportError):
+        raise  # main() says what is wrong; nothing has run
+    except KeyboardInterrupt:
+        return _broken(options, progress.results, Exit(2, f"interrupted after {len(progress.results)} results"))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        talk(f"m3check: {_os(error)}; {len(progress.results)} results are kept in the report")
+        return _broken(options, progress.results, Exit(3, f"broken off: {_os(error)}"))
+    except Exception as error:
+        import traceback
+
+        traceback.print_exception(error)
+        return _broken(options, progress.results, Exit(3, f"internal error: {type(error).__name__}: {error}"))
+
+
+def _broken(options: RunOptions, results: list[Result], exit: Exit) -> Record:
+    from m3check import __version__
+    from m3check.report.jsonfile import SCHEMA_VERSION
+    from m3check.report.tally import summarise
+
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Record(
+        schema_version=SCHEMA_VERSION,
+        tool={"name": "m3check", "version": __version__},
+        arch=options.arch,
+        environment={
+            "date": now,
+            "host": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        command=options.command,
+        exit=exit,
+        summary=summarise(results),
+        results=tuple(results),
+    )
+
+
+def _write(record: Record, folder: Path) -> tuple[Record, str]:
+    """Write the reports; where the folder no longer takes them, into a temporary one; where nothing does, to stdout."""
+    from m3check import report
+
+    try:
+        report.write(record, folder)
+        return record, str(folder / report.FILES["md"])
+    except OSError as error:
+        talk(f"m3check: the reports cannot be written to {folder}: {_os(error)}")
+        reason = f"{record.exit.reason}; but the reports could not be written to {folder}: {_os(error)}"
+        record = replace(record, exit=Exit(2 if record.exit.code == 2 else 3, reason))
+    with suppress(OSError):
+        elsewhere = Path(tempfile.mkdtemp(prefix="m3check-"))
+        report.write(record, elsewhere)
+        return record, str(elsewhere / report.FILES["md"])
+    emit(report.render([record], "json"))
+    return record, "on stdout, as JSON"
+
+
+def _print(record: Record) -> None:
+    from m3check.report import markdown
+
+    with suppress(OSError):
+        emit(f"{markdown.head(record)}\n\n{markdown.summary(record)}".rstrip())
+
+
+def _os(error: OSError) -> str:
+    place = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{place}"
+
+
+@contextmanager
+def _signals(number: signal.Signals, handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may have handlers
+        return
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
