@@ -40,8 +40,8 @@ def _best_first(score: Tensor, position: Tensor, init_blocks: int, local_blocks:
     columns = score.shape[-1]
     init, local = forced_blocks(position, columns, init_blocks, local_blocks)
     visible = torch.arange(columns, device=score.device) < visible_blocks(position)[:, None]
-    rank = torch.where(score.isnan(), -2, -1).masked_fill(local, 1).masked_fill(init, 2).masked_fill(~visible, -3)
-    plain = score.masked_fill(score.isnan() | (rank != -1), 0) + 0.0  # -0 + 0 is +0
+    rank = torch.where(score.isnan(), -2, -1).masked_fill(init, 2).masked_fill(local, 1).masked_fill(~visible, -3)
+    plain = score.masked_fill(rank != -1, 0) + 0.0  # -0 + 0 is +0
     by_score = plain.sort(dim=-1, descending=True, stable=True).indices
     by_rank = rank.gather(-1, by_score).sort(dim=-1, descending=True, stable=True).indices
     return by_score.gather(-1, by_rank)

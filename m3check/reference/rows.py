@@ -26,15 +26,14 @@ def visible_blocks(position: Tensor) -> Tensor:
 
 
 def forced_blocks(position: Tensor, columns: int, init_blocks: int, local_blocks: int) -> tuple[Tensor, Tensor]:
-    """Which blocks are (init, local) for queries at `position` [T], each [T, columns] bool.
+    """Which visible blocks are (init, local) for queries at `position` [T], each [T, columns] bool.
 
-    Only visible blocks are forced. A block that is both counts as local, as in the common kernels, where the local
-    score is written last and over the init score.
+    A block that is both counts as local, as in the common kernels, which write the local score last: so do the callers.
     """
     block = torch.arange(columns, device=position.device)  # [columns]
     visible = visible_blocks(position)[:, None]  # [T, 1]
     local = (block < visible) & (block >= visible - local_blocks)
-    init = (block < visible) & (block < init_blocks) & ~local
+    init = (block < visible) & (block < init_blocks)
     return init, local
 
 
