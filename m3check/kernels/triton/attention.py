@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3check.kernels.triton.dequantise import operand
+from m3check.kernels.triton.dequantise import dequantised
 
 
 @triton.jit
@@ -32,8 +32,8 @@ def attend(
     used = tl.max(tl.where((listed >= 0) & (listed * 128 < kv_len), slots + 1, 0), 0)  # past the last valid id
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, D], 0.0, tl.float32)
     d = tl.arange(0, D).to(tl.int64)
     j = tl.arange(0, KEYS).to(tl.int64)
     k_factor = 1.0
@@ -54,7 +54,11 @@ def attend(
             k_factor = tl.load(k_scale + kv_head * stride_kh + place, mask=seen, other=0.0)[:, None]
             v_factor = tl.load(v_scale + kv_head * stride_vh + place, mask=seen, other=0.0)[:, None]
         k_pointers = cache + k_at[:, None] + (d * stride_cd)[None, :]
-        k = operand(tl.load(k_pointers, mask=seen[:, None], other=0), k_factor, FORM, SCALES != "none", DTYPE)
+        k = tl.load(k_pointers, mask=seen[:, None], other=0)
+        if FORM == "plain":
+            k = k.to(DTYPE)
+        else:
+            k = dequantised(k, k_factor, FORM, SCALES != "none", DTYPE)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=tl.float32) * scale_log2
         logit = tl.where(seen[None, :], logit, float("-inf"))
         new_top = tl.maximum(top, tl.max(logit, 1))
@@ -63,9 +67,11 @@ def attend(
         p = tl.exp2(logit - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
-        v = operand(
-            tl.load(k_pointers + D * stride_cd, mask=seen[:, None], other=0), v_factor, FORM, SCALES != "none", DTYPE
-        )
+        v = tl.load(k_pointers + D * stride_cd, mask=seen[:, None], other=0)
+        if FORM == "plain":
+            v = v.to(DTYPE)
+        else:
+            v = dequantised(v, v_factor, FORM, SCALES != "none", DTYPE)
         acc = tl.dot(p.to(DTYPE), v, acc * decay[:, None], input_precision="ieee", out_dtype=tl.float32)
         top = new_top
     return acc, top, total

@@ -56,7 +56,7 @@ def index_decode(
     `score_out` receives what index_decode_score gives. Forced blocks are known by their position, not by the value in
     their score cell, so that a score beyond 1e30 does not displace them.
     """
-    heads, tokens, _ = idx_q.shape
+    tokens, heads, _ = idx_q.shape
     score = index_decode_score(
         idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, init_blocks, local_blocks, num_kv_heads,
         decode_query_len, max_decode_query_len, score_out,

@@ -45,7 +45,7 @@ def score_tile(
         d = tl.arange(0, D).to(tl.int64)
         q_at = token * stride_qt + head * stride_qh
         q = tl.load(idx_q + q_at[:, None] + (d * stride_qd)[None, :], mask=live[:, None], other=0)
-        q = operand(q, 1.0, Q_FORM, False, DTYPE)
+        q = operand(q, Q_FORM, DTYPE)
         row_score = score + token * stride_st + head * stride_sh
         row_blocks = (limit + 128) // 128  # 0 for a row that sees nothing: its limit is negative
         row_blocks = tl.where(limit < 0, 0, row_blocks)
@@ -60,7 +60,7 @@ def score_tile(
                 key = block * 128 + slot
                 k_at = page * stride_cp + slot * stride_ct
                 k = tl.load(cache + k_at[:, None] + (d * stride_cd)[None, :], mask=(key < seq_len)[:, None], other=0)
-                k = operand(k, 1.0, K_FORM, False, DTYPE)
+                k = operand(k, K_FORM, DTYPE)
                 s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=tl.float32)
                 s = tl.where(key[None, :] <= limit[:, None], s, hidden[:, None])
                 best = tl.maximum(best, tl.max(s, 1))

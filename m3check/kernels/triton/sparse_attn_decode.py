@@ -68,8 +68,8 @@ def merge_kernel(
     d = tl.arange(0, D).to(tl.int64)
     live = row < rows
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    total = tl.full([ROWS], 0.0, tl.float32)
+    acc = tl.full([ROWS, D], 0.0, tl.float32)
     for part in range(PARTS):
         at = part * rows + row
         part_top = tl.load(tops + at, mask=live, other=float("-inf"))

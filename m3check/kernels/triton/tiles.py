@@ -51,7 +51,7 @@ def score_keys(dtype: torch.dtype) -> int:
 def attention_keys(dtype: torch.dtype) -> int:
     """Keys of one step of attention; K and V of two steps fit the 64 KB that a gfx942 block may use."""
     if interpreted():
-        return 4 * BLOCK
+        return 8 * BLOCK
     return 32 if dtype is torch.float32 else 64
 
 
