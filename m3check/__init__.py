@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from m3check.types import Case, Profile
-
 if TYPE_CHECKING:
     from m3check.api import load_record, plan, run, verify
+    from m3check.types import Case, Profile
 
 __version__ = "0.1.0"
 __all__ = ["Case", "Profile", "cases", "load_record", "plan", "run", "verify"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `import m3check` stays quick where only the words are wanted.
+    # Loaded on first use, so that `m3check run --help` answers at once.
+    if name in {"Case", "Profile"}:
+        from m3check import types
+
+        return getattr(types, name)
     if name in {"load_record", "plan", "run", "verify"}:
         from m3check import api
 

@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import NoReturn
 
 from m3check.commands.talk import drop_stdout, talk
-from m3check.types import M3CheckError
 
 COMMANDS = (  # in the order of the help: name, one line
     ("run", "run kernels on cases, judge them, write reports"),
@@ -38,16 +37,14 @@ exit codes:
 stdout is data, stderr is talk. NO_COLOR is respected."""
 
 
-class Usage(M3CheckError):
-    """A command line that cannot be read."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is an exception, so that main() tells every mistake alike and exits 4."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting 2, which means interrupted here."""
-        raise Usage(f"{message} (see {self.prog} --help)")
+        from m3check.types import M3CheckError
+
+        raise M3CheckError(f"{message} (see {self.prog} --help)")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,19 +131,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(words)
-    except M3CheckError as error:
-        return _end(getattr(error, "exit_code", 4), str(error))
     except KeyboardInterrupt:
         return _end(2, "interrupted")
     except BrokenPipeError:  # `m3check list | head`: the reader has what it wanted
         drop_stdout()
         return 0
-    except ImportError as error:
-        if (sentence := _missing(error)) is None:
-            return _internal(error)
-        return _end(4, sentence)
     except Exception as error:
-        return _internal(error)
+        return _told(error)
+
+
+def _told(error: Exception) -> int:
+    """A sentence and exit 4 for what the user can mend, else a traceback and exit 3."""
+    from m3check.types import M3CheckError
+
+    if isinstance(error, M3CheckError):
+        return _end(getattr(error, "exit_code", 4), str(error))
+    if isinstance(error, ModuleNotFoundError) and (sentence := _missing(error)):
+        return _end(4, sentence)
+    import traceback
+
+    traceback.print_exception(error)
+    return _end(3, f"internal error: {type(error).__name__}: {error}; this is a defect of m3check, please report it")
 
 
 def _main(words: list[str]) -> int:
@@ -175,17 +180,10 @@ def _end(code: int, sentence: str) -> int:
     return code
 
 
-def _internal(error: BaseException) -> int:
-    import traceback
-
-    traceback.print_exception(error)
-    return _end(3, f"internal error: {type(error).__name__}: {error}; this is a defect of m3check, please report it")
-
-
-def _missing(error: ImportError) -> str | None:
+def _missing(error: ModuleNotFoundError) -> str | None:
     """A sentence with the line that mends it, where a dependency is not installed."""
     names = {"torch", "triton", "numpy", "msgspec", "tabulate", "remotezip", "platformdirs"}
     name = (error.name or "").partition(".")[0]
-    if name not in names or not isinstance(error, ModuleNotFoundError):
+    if name not in names:
         return None
     return f"{name} is not installed and this command needs it: pip install {name}"

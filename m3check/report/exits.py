@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from m3check.report.tally import red_word
+from m3check.report.tally import red_word, summarise
 from m3check.types import Evidence, Exit, Result, Status
+
+__all__ = ["MEANING", "belongs", "judge", "summarise"]
 
 OK = 0
 RED_RESULTS = 1
