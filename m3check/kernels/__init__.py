@@ -61,12 +61,13 @@ def parse_spec(text: str) -> Spec:
     raise M3CheckError(f"unknown provider {text!r}; known: {known}")
 
 
-def prepare(spec: Spec, offline: bool = False) -> None:
+def prepare(spec: Spec, offline: bool = False) -> tuple[str, ...]:
     """Make a provider's files available (fetch a wheel's files, once); raises M3CheckError where it cannot be found.
 
-    Imports none of its code, so that a run can fail early, and workers need no network.
+    Imports none of its code, so that a run can fail early, and workers need no network. Returns warnings.
     """
-    _module(spec).prepare(spec, offline)
+    warnings: tuple[str, ...] = _module(spec).prepare(spec, offline)
+    return warnings
 
 
 def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool = False) -> Loaded:

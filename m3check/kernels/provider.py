@@ -60,6 +60,11 @@ class Loaded:
     warnings: tuple[str, ...] = ()
     refusal: Refusal = _accepts
 
+    @classmethod
+    def of(cls, kernels: Mapping[str, Kernel]) -> Loaded:
+        """Kernels that came from no provider, such as a function given to `m3check.verify`."""
+        return cls(Spec("user", "user"), kernels)
+
     def refuses(self, case: Case) -> str | None:
         """Why this provider's kernel for the case's op cannot run the case, or None where it can."""
         if case.op not in self.kernels:

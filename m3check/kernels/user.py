@@ -19,7 +19,7 @@ ALIAS = "minimax_m3_"
 """vLLM's prefix of the same names, accepted as well."""
 
 
-def prepare(spec: Spec, offline: bool) -> None:
+def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
     """See that the file or module is there, without running it."""
     if spec.path and not Path(spec.path).is_file():
         raise M3CheckError(f"there is no kernel file {spec.path}")
@@ -28,6 +28,7 @@ def prepare(spec: Spec, offline: bool) -> None:
         top = spec.module.partition(".")[0]
         if importlib.util.find_spec(top) is None:
             raise M3CheckError(f"there is no module {spec.module}: {top} is neither here ({os.getcwd()}) nor installed")
+    return ()
 
 
 def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:

@@ -40,9 +40,10 @@ COMMON_ON_AMD = frozenset({"sparse_attn_decode"})
 ID_LISTS: Mapping[str, frozenset[str]] = {  # which id lists attention bears, by how it reads ids
     "leading": frozenset({"full", "ascending"}),
     "counted": frozenset({"full", "ascending", "short"}),
-    "tested": frozenset({"full", "ascending", "short", "holes"}),
-    "bounded": frozenset({"full", "ascending", "short", "holes", "future"}),
+    "tested": frozenset({"full", "ascending", "short"}),
+    "bounded": frozenset({"full", "ascending", "short", "future"}),
 }
+"""No version promises `holes`: the best of them read min(topk, visible) slots, and a hole may push an id behind those."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,27 @@ class Choice:
     reading: Reading
 
 
-def prepare(spec: Spec, offline: bool) -> None:
-    """Find or fetch the files; raises M3CheckError where there are none."""
-    locate(spec, offline)
+_known: dict[Spec, Source | None] = {}
+"""What `refuses` has found; None where there was nothing yet."""
+
+
+def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
+    """Find or fetch the files; raises M3CheckError where there are none. Returns what the user should know of it."""
+    _known[spec] = source = locate(spec, offline)
+    return source.warnings
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
     """Why the kernels of a spec cannot run a case, read from their source; None too while they are not fetched."""
-    try:
-        choices, missing = choose(_located_offline(spec), arch)
-    except M3CheckError:
+    if spec not in _known:
+        try:
+            _known[spec] = locate(spec, offline=True)
+        except M3CheckError:
+            _known[spec] = None
+    source = _known[spec]
+    if source is None:
         return cannot_compile(case, arch, evidence)
+    choices, missing = choose(source, arch)
     for op in OPS[case.op].chain or (case.op,):
         if op in missing:
             return missing[op]
@@ -139,11 +150,6 @@ def locate(spec: Spec, offline: bool) -> Source:
     if spec.path:
         return _at(Path(spec.path))
     return _installed()
-
-
-@functools.cache
-def _located_offline(spec: Spec) -> Source:
-    return locate(spec, offline=True)
 
 
 def _installed() -> Source:
