@@ -1,0 +1,98 @@
+"""What must hold: each check judges a kernel's outputs, with limits that are derived from the arithmetic and never tuned.
+
+`CHECKS` is the list; `compare` runs those that apply. Every check gives a finding also where it passes, with what was
+measured and the limit, so that a report can show how near correct kernels come. docs/bounds.md has the derivations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from m3check.checks import attention, finite, integrity, scores, selection
+from m3check.checks.setting import Setting
+from m3check.checks.view import View
+from m3check.types import OPS, Finding, Inputs, Outputs, Status
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from m3check.paging import Run
+
+__all__ = ["CHECKS", "Check", "Setting", "compare"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property that an output must have."""
+
+    name: str
+    output: str  # which output it reads; "" for the memory around all of them
+    catches: str
+    blind: str
+    run: Callable[[View], list[Finding]]
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("finite_score", "score", "NaN, unwritten or overflown cells", "finite wrong values", finite.check_scores),
+    Check("score", "score", "a key lost from a maximum; a wrong key, scale, head or precision",
+          "a lost key that is not its block's maximum", scores.check_values),
+    Check("invisible_score", "score", "a causal mask off by a block", "buffers that were not filled", scores.check_invisible),
+    Check("ids", "ids", "duplicate, invisible, unwritten ids; -1 inside", "which valid ids were chosen",
+          selection.check_structure),
+    Check("selection", "ids", "a better block left out; forcing; promised ties and order",
+          "blocks closer than the rounding of scores that nobody saw", selection.check_optimality),
+    Check("finite", "out", "NaN and infinities: unwritten rows, poison read", "finite garbage", finite.check_output),
+    Check("dead_row", "out", "rows without a valid block that are not zero", "live rows", finite.check_dead),
+    Check("element", "out", "any single wrong element", "errors below the rounding of one element",
+          attention.check_elements),
+    Check("row", "out", "rows that are a little wrong everywhere", "errors below about 1.5 σ of each element",
+          attention.check_rows),
+    Check("token", "out", "a token or block lost, doubled, or seen too early", "tokens whose weight is below the noise",
+          attention.check_tokens),
+    Check("scale", "out", "another softmax scale, a factor on the output", "changes below the noise of a row",
+          attention.check_scale),
+    Check("guards", "", "writes around and between the rows of a buffer", "memory that nobody watches",
+          integrity.check_guards),
+    Check("inputs", "", "writes into inputs", "a value written back unchanged", integrity.check_inputs),
+    Check("padding", "", "writes past the last block of a fresh result", "results whose memory was not filled",
+          integrity.check_beyond),
+)  # fmt: skip
+
+
+def compare(
+    problem: Inputs,
+    run: Run,
+    expected: Outputs,
+    setting: Setting,
+    expected_on: Callable[[Tensor], Outputs] | None = None,
+) -> list[Finding]:
+    """Judge one result.
+
+    `problem` has been through `reference.dequantised`; `expected` is the reference's answer on it, in fp64. A chain's
+    attention is judged on the kernel's own selection: `expected_on(ids)` gives the attention on any ids. Where a chain
+    fails, every failed finding names the first op of the chain that is to blame.
+    """
+    view = View(OPS[problem.case.op], problem, run, expected, setting, expected_on)
+    findings: list[Finding] = []
+    guilty = ""
+    for check in CHECKS:
+        if check.output and check.output not in run.outputs:
+            continue
+        if check.output and not run.outputs[check.output].numel():
+            continue
+        new = check.run(view)
+        if view.op.chain and not guilty and any(f.status is Status.FAILED for f in new):
+            guilty = _stage(view, check.output)
+        findings += new
+    if guilty:
+        blame = f"first guilty stage: {guilty}"
+        findings = [replace(f, hint=f"{f.hint}; {blame}") if f.status is Status.FAILED else f for f in findings]
+    return findings
+
+
+def _stage(view: View, output: str) -> str:
+    """The op of a chain that gives an output."""
+    given = {name: op for op in reversed(view.op.chain) for name in OPS[op].outputs}
+    return given.get(output, view.op.name)

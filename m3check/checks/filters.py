@@ -1,0 +1,168 @@
+"""Matched filters: for each named first-order defect, how strongly the error points its way, in standard deviations.
+
+A defect d gives z = Σ err·d/σ² over the standard deviation of that sum. All tokens are tried at once by matrix products;
+the few that stand out are judged again with the noise's correlations and biases (`projected_limit`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3check.checks.noise import Noise, Pairs
+from m3check.checks.residue import EXAMINED, Residue, projected_limit
+from m3check.types import BLOCK
+
+
+@dataclass(frozen=True)
+class Match:
+    """The defect that fits best so far."""
+
+    kind: str  # token, block, scale, factor
+    z: float  # what is left after bias, in standard deviations
+    limit: float
+    amount: float  # fitted size: -1 is lost, +1 is doubled; of a scale, the relative change
+    share: float  # of Σ (err/σ)², how much the defect explains
+    row: int
+    kv_head: int
+    group: int | None  # query head within the group; None for the whole group
+    token: int = 0  # position in the request, or the block id
+
+    @property
+    def red(self) -> bool:
+        """Whether noise cannot explain it."""
+        return self.z > self.limit
+
+    def place(self) -> str:
+        """The token or block in words."""
+        return {"token": f", token {self.token}", "block": f", block {self.token}"}.get(self.kind, "")
+
+    def hint(self, position: int) -> str:
+        """What the mistake looks like, for a query at `position`."""
+        if self.kind == "scale":
+            text = f"like a softmax scale off by {self.amount:+.3%}"
+        elif self.kind == "factor":
+            text = f"like an output off by a factor {1 + self.amount:.5f} (a value scale, or the normaliser)"
+        elif self.kind == "token" and self.token > position:
+            text = f"like token {self.token} attended, which is {self.token - position} past the query (causal mask)"
+        else:
+            what = "lost or masked" if self.amount < 0 else "counted twice"
+            what = what if 0.5 < abs(self.amount) < 2 else f"given {1 + self.amount:.2f} times its weight"
+            text = f"like {self.kind} {self.token} {what}"
+            if self.kind == "token" and self.token == position:
+                text += ", the query's own (mask off by one?)"
+        if self.share < 0.3:
+            text += f"; that explains {self.share:.0%} of the error only, so the cause may be another"
+        return text
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """Statistics of one family of defects in a chunk, last axis the defects: [P, G, m]."""
+
+    kind: str
+    dot: Tensor  # Σ_d err·d/σ²
+    size: Tensor  # Σ_d d²/σ²
+    own: Tensor  # what the rounding of the defect's own weight adds to the variance of `dot`
+
+
+def best_token(
+    residue: Residue, model: Noise, pairs: Pairs, limit: float, rows: Tensor, heads: Tensor, before: Match | None
+) -> Match | None:
+    """The best match among single tokens and whole blocks, for a GQA group and for one head."""
+    v, o, precision, error = pairs.v, model.o, residue.precision, residue.error
+    weight = model.seen_weight
+    pull = error * precision
+    dot = weight * (pull @ v.mT - (pull * o).sum(-1, keepdim=True))
+    second, first, zeroth = (
+        precision @ v.square().mT,
+        (precision * o) @ v.mT,
+        (precision * o.square()).sum(-1, keepdim=True),
+    )
+    distance = (second - 2 * first + zeroth).clamp(min=0)
+    along = torch.maximum((second - first).abs(), distance)
+    own = model.token_variance * (model.weight * weight * along).square()
+    tokens = _Filter("token", dot, weight.square() * distance, own)
+    share = model.weight.unflatten(-1, (-1, BLOCK)).sum(-1)
+    shift = model.block_sum - share[..., None] * o[:, :, None]  # [P, G, S, D]
+    size = (shift.square() * precision[:, :, None]).sum(-1)
+    blocks = _Filter("block", (shift * pull[:, :, None]).sum(-1), size, torch.zeros_like(size))
+
+    def direction(kind: str, pair: Tensor, place: Tensor) -> Tensor:
+        if kind == "block":
+            return shift[pair, :, place] * precision[pair]
+        weighed = weight[pair, :, place][..., None]  # [c, G, 1]
+        return weighed * (v[pair, place][:, None] - o[pair]) * precision[pair]
+
+    best = before
+    for family in (tokens, blocks):
+        best = _search(family, direction, residue, model, pairs, limit, rows, heads, best)
+    return best
+
+
+def best_scale(
+    residue: Residue, model: Noise, pairs: Pairs, limit: float, rows: Tensor, heads: Tensor, before: Match | None
+) -> Match | None:
+    """The best match among another softmax scale and a factor on the output."""
+    best = before
+    for kind, defect in (("scale", model.tilt), ("factor", model.o)):
+        weighed = defect * residue.precision
+        size = (weighed * defect).sum(-1, keepdim=True)
+        family = _Filter(kind, (weighed * residue.error).sum(-1, keepdim=True), size, torch.zeros_like(size))
+        best = _search(
+            family, lambda _, pair, __, weighed=weighed: weighed[pair], residue, model, pairs, limit, rows, heads, best
+        )
+    return best
+
+
+def _search(  # type: ignore[no-untyped-def]
+    family: _Filter, direction, residue: Residue, model: Noise, pairs: Pairs, limit: float, rows: Tensor, heads: Tensor,
+    before: Match | None,
+) -> Match | None:  # fmt: skip
+    """The better of `before` and the family's best, groups and single heads."""
+    group_size = family.dot.shape[1]
+    views = [(family.dot.sum(1), family.size.sum(1), family.own.sum(1))]
+    if group_size > 1:
+        views.append((family.dot.flatten(0, 1), family.size.flatten(0, 1), family.own.flatten(0, 1)))
+    best = before
+    for single, (dot, size, own) in enumerate(views):
+        z = torch.where(size > 0, dot.abs() / (size + own).clamp(min=1e-30).sqrt(), 0)
+        top = z.flatten().topk(min(EXAMINED, z.numel()))
+        place = top.indices % z.shape[-1]
+        line = top.indices // z.shape[-1]
+        pair = line // group_size if single else line
+        take = torch.ones(len(pair), group_size, dtype=torch.bool, device=z.device)
+        if single:
+            take = torch.nn.functional.one_hot(line % group_size, group_size).bool()
+        if top.values[0] <= limit:
+            last = slice(0, 1)
+            left, random = top.values[last] * limit, torch.full_like(top.values[last], limit * limit)
+        else:
+            bias, random = projected_limit(model, pairs, pair, take, direction(family.kind, pair, place), limit)
+            left = (dot.flatten()[top.indices].abs() - bias).clamp(min=0)
+            last = slice(0, len(pair))
+        score = left / random.clamp(min=1e-30) * limit
+        index = score.argmax()
+        chosen = top.indices[last][index]
+        error2 = residue.error.square() * residue.precision  # [P, G, D]
+        energy = (error2[pair[last][index]] * take[last][index][:, None]).sum()
+        amount = dot.flatten()[chosen] / size.flatten()[chosen].clamp(min=1e-30)
+        share = dot.flatten()[chosen].square() / (size.flatten()[chosen] * energy).clamp(min=1e-30)
+        values = [score[index], amount, share, pair[last][index], place[last][index], line[last][index] % group_size]
+        z_, amount_, share_, pair_, place_, head_ = torch.stack([x.double() for x in values]).tolist()
+        if best is None or z_ > best.z:
+            token = int(pairs.token[int(pair_), int(place_) * (BLOCK if family.kind == "block" else 1)])
+            best = Match(
+                family.kind,
+                z_,
+                limit,
+                amount_,
+                min(share_, 1.0),
+                int(rows[int(pair_)]),
+                int(heads[int(pair_)]),
+                int(head_) if single else None,
+                token // BLOCK if family.kind == "block" else token,
+            )
+    return best

@@ -1,0 +1,227 @@
+"""The error model of attention: what rounding may do to each output element, for a chunk of (token, KV head) pairs.
+
+A pair has G query heads, n gathered tokens and D channels. Values are divided by the largest |v| of their channel, so that
+fp32 holds every square. docs/bounds.md derives each term.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3check.arch import Accumulator
+from m3check.checks.bounds import EXP2_ERROR, FORMATS, LN2, LOG2E, U32, DotError, dot_error, half_ulp
+from m3check.checks.setting import Setting
+from m3check.types import BLOCK
+
+SUBTILE = 32
+"""Tokens of the smallest tile that an online softmax walks in (AMD's attention on gfx942)."""
+
+CELLS = 16
+"""Logits this fraction of a rounding cell apart are taken to round alike."""
+
+SCATTERED = 2.0
+"""Up to this much coherence the roundings of p are treated as independent, their variance multiplied by it."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A chunk of (token, KV head) pairs: P of them."""
+
+    q: Tensor  # [P, G, D] fp32
+    k: Tensor  # [P, n, D] fp32
+    v: Tensor  # [P, n, D] fp32, divided by `unit`
+    unit: Tensor  # [P, 1, D] fp64: the largest |v| of each channel
+    attended: Tensor  # [P, n] bool
+    there: Tensor  # [P, n] bool: tokens that exist, future ones included
+    token: Tensor  # [P, n] int64: position in the request
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What correct arithmetic explains, in units of each channel's largest |v|; [P, G, D] unless said otherwise."""
+
+    o: Tensor  # the attention itself, fp32
+    weight: Tensor  # [P, G, n] ŵ, 0 where not attended
+    seen_weight: Tensor  # [P, G, n] exp(s - lse) of every token that exists, future ones included, at most 1
+    logit: Tensor  # [P, G, n] natural logits, 0 where not attended
+    block_sum: Tensor  # [P, G, S, D] Σ ŵ v of each listed block
+    bias: Tensor  # one-signed errors, worst case
+    token_variance: Tensor  # [P, G, n] of the relative error of each weight
+    bin: Tensor  # [P, G, n] int64: tokens of one bin round alike
+    from_tokens: Tensor  # variance through the weights
+    own: Tensor  # variance of what is independent between channels, the final rounding apart
+    most: Tensor  # what all random terms can do at most
+    half: Tensor  # half an ulp of the result
+    tilt: Tensor  # Σ ŵ (logit) (v - o): what a change of scale does
+
+    @property
+    def variance(self) -> Tensor:
+        """σ² of an element."""
+        return self.from_tokens + self.own + self.half.square() / 3
+
+
+def noise(
+    pairs: Pairs, expected: Tensor, dtype: torch.dtype, sm_scale: float, setting: Setting, deviations: float
+) -> Noise:
+    """The model for a chunk; `expected` [P, G, D] fp64 is the reference's output, `dtype` that of queries and outputs."""
+    sums = dot_error(pairs.q, pairs.k, setting.dot)
+    logit = sums.value * sm_scale
+    attended = pairs.attended[:, None]
+    masked = logit.masked_fill(~attended, -math.inf)
+    m = masked.amax(-1, keepdim=True)
+    lse = m + (masked - m).exp().sum(-1, keepdim=True).log()
+    weight = (masked - lse).exp()
+    seen_weight = (logit - lse).clamp(max=0).exp() * pairs.there[:, None]
+    logit = logit.masked_fill(~attended, 0)
+    u = _weight_rounding(dtype, setting.pv)
+    weight_bias, weight_deviation, weight_most = _weight_errors(sums, logit, m, sm_scale)
+
+    v, v2 = pairs.v, pairs.v.square()
+    o = weight @ v
+    tilt = (weight * logit) @ v - o * (weight * logit).sum(-1, keepdim=True)
+    size = weight @ v.abs()
+    blocks = weight.unflatten(-1, (-1, BLOCK)).transpose(1, 2) @ v.unflatten(1, (-1, BLOCK))  # [P, S, G, D]
+    block_sum = blocks.transpose(1, 2)
+    block_size = _largest_block(weight, v)
+    positive, negative = block_sum.clamp(min=0).sum(2), -block_sum.clamp(max=0).sum(2)
+    partial = torch.maximum(positive, negative) + block_size  # no partial sum over blocks in any order is larger
+
+    # independent errors of the weights, each shared by all channels of its token
+    token_variance = u**2 / 3 + weight_deviation.square()
+    bin_, coherence = _bins(logit, weight, u)
+    from_tokens = _through_weights(token_variance * weight.square(), v, v2, o)
+    from_tokens = _cohere(from_tokens, coherence, bin_, token_variance.sqrt() * weight, v, o)
+    random = weight * (u + weight_most)
+    most = random @ v.abs() + o.abs() * random.sum(-1, keepdim=True)
+
+    tokens = pairs.attended.sum(-1)[:, None, None].float()
+    steps = tokens / SUBTILE + 1
+    own, bias, pv_most = _summing(setting.pv, tokens + 2 * steps, partial, size)
+    if setting.profile.partials != "fp32":
+        rounded = FORMATS[dtype].u
+        own = own + rounded**2 / 3 * _worst_split(block_sum)
+        most = most + rounded * block_sum.abs().sum(2)
+    most = most + pv_most
+
+    common = _normaliser(setting, m, lse, steps, tokens, deviations)
+    bias = bias + common * o.abs() + 4 * U32 * tilt.abs()
+    merge = LN2 * U32 * 4 * torch.maximum(lse.abs(), m.abs()) * LOG2E + 4 * EXP2_ERROR + common
+    share = weight.unflatten(-1, (-1, BLOCK)).sum(-1)  # [P, G, S]
+    bias = bias + merge * (block_sum - share[..., None] * o[:, :, None]).abs().sum(2)
+    if weight_bias is not None:
+        leaning = weight * weight_bias
+        bias = bias + leaning @ v.abs() + o.abs() * leaning.sum(-1, keepdim=True)
+    if dtype == torch.float16:
+        flushed = torch.minimum(weight, 2.0**-25 * weight.amax(-1, keepdim=True))
+        bias = bias + flushed @ v.abs()
+    if setting.pv.operand_bits is not None:
+        bias = bias + 2.0 ** (1 - setting.pv.operand_bits) * size
+
+    spread = torch.minimum(deviations * (from_tokens + own).sqrt(), most) + bias
+    half = half_ulp(expected.abs() + spread.double() * pairs.unit, dtype) / pairs.unit
+    return Noise(
+        o, weight, seen_weight, logit, block_sum, bias, token_variance, bin_, from_tokens, own, most, half.float(), tilt
+    )
+
+
+def _weight_rounding(dtype: torch.dtype, pv: Accumulator) -> float:
+    """u of the weights in the numerator: they have the queries' dtype, or what the instruction makes of it."""
+    u = FORMATS[dtype].u
+    return u if pv.operand_bits is None else max(u, 2.0 ** (1 - pv.operand_bits))
+
+
+def _weight_errors(sums: DotError, logit: Tensor, m: Tensor, sm_scale: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(bias, deviation, most) of the relative error of each weight, before p is rounded."""
+    t, distance = logit.abs() * LOG2E, (logit - m).abs() * LOG2E
+    steps = LN2 * U32 * (2 * t + 3 * distance) + EXP2_ERROR  # product, subtraction, exp2
+    deviation = ((sm_scale * sums.deviation).square() + steps.square() / 3).sqrt()
+    bias = None if sums.bias is None else sm_scale * sums.bias
+    return bias, deviation, sm_scale * sums.worst + steps
+
+
+def _largest_block(weight: Tensor, v: Tensor) -> Tensor:
+    """Σ ŵ|v| of the block where it is largest: [P, G, D]."""
+    sizes = weight.unflatten(-1, (-1, BLOCK)).transpose(1, 2) @ v.abs().unflatten(1, (-1, BLOCK))
+    return sizes.amax(1)
+
+
+def _through_weights(variance: Tensor, v: Tensor, v2: Tensor, o: Tensor) -> Tensor:
+    """Σ c v² or, where the rounded weights are also the ones that are summed, Σ c (v - o)²: the larger of both."""
+    second, first, zeroth = variance @ v2, variance @ v, variance.sum(-1, keepdim=True)
+    return second + (o.square() * zeroth - 2 * o * first).clamp(min=0)
+
+
+def _bins(logit: Tensor, weight: Tensor, u: float) -> tuple[Tensor, Tensor]:
+    """Which tokens round alike, as hashed bins of equal logits [P, G, n], and how much that adds to Σ ŵ²: [P, G]."""
+    width = max(u / CELLS * 2, 2.0**-20)
+    # The offset keeps exact ties off the edges, where noise of the last bit would part them.
+    bin_ = torch.floor(logit / width + 0.381966).long()
+    slots = 4 * logit.shape[-1] + 1
+    hashed = (bin_ * 2654435761) % slots
+    table = weight.new_zeros(*weight.shape[:-1], slots).scatter_add_(-1, hashed, weight)
+    squares = weight.square().sum(-1).clamp(min=1e-30)
+    return hashed, table.square().sum(-1) / squares
+
+
+def _cohere(variance: Tensor, coherence: Tensor, bin_: Tensor, scaled: Tensor, v: Tensor, o: Tensor) -> Tensor:
+    """Variance where tokens of equal logit err together: exact for rows with many of them, a factor for the others."""
+    variance = variance * coherence.clamp(1, SCATTERED)[..., None]
+    many = (coherence > SCATTERED).nonzero()
+    step = max(1, 2**22 // (v.shape[-1] * v.shape[-2]))
+    for part in many.split(step):
+        p, g = part[:, 0], part[:, 1]
+        order = bin_[p, g].argsort(-1)
+        ordered = bin_[p, g].gather(-1, order)
+        terms = scaled[p, g].gather(-1, order)[..., None] * v[p[:, None], order]  # [r, n, D]
+        last = torch.ones_like(ordered, dtype=torch.bool)
+        last[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
+        plain = _group_squares(terms, last)
+        shifted = _group_squares(terms - scaled[p, g].gather(-1, order)[..., None] * o[p, g][:, None], last)
+        variance[p, g] = torch.maximum(plain, shifted)
+    return variance
+
+
+def _group_squares(terms: Tensor, last: Tensor) -> Tensor:
+    """Σ over groups of (Σ of the group)², groups ending where `last`; terms [r, n, D]."""
+    total = terms.cumsum(1)
+    ends = total.where(last[..., None], 0)
+    # the running total at the previous group's end
+    index = torch.arange(last.shape[-1], device=last.device)
+    previous = torch.where(last, index, -1).cummax(-1).values.roll(1, -1)
+    previous[:, 0] = -1
+    before = ends.gather(1, previous.clamp(min=0)[..., None].expand_as(ends)).masked_fill((previous < 0)[..., None], 0)
+    return ((total - before) * last[..., None]).square().sum(1)
+
+
+def _summing(how: Accumulator, terms: Tensor, partial: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(variance, bias, most) of adding up p·v: roundings to nearest, or truncation in a matrix instruction."""
+    zero = torch.zeros_like(partial)
+    if how.fraction_bits is None:
+        return U32**2 / 3 * terms * partial.square(), zero, terms * U32 * torch.maximum(partial, size)
+    step = (how.inner + 1) * 2.0 ** (1 - how.fraction_bits) + 2.0**-23
+    return zero, (terms / how.inner + 1) * step * partial, zero
+
+
+def _worst_split(block_sum: Tensor) -> Tensor:
+    """max over R = 1, 2, 4 … S equal splits of Σ (partial output)²: [P, G, D]."""
+    worst = block_sum.sum(2).square()
+    parts = block_sum
+    while parts.shape[2] > 1:
+        worst = torch.maximum(worst, parts.square().sum(2))
+        if parts.shape[2] % 2:
+            parts = torch.nn.functional.pad(parts, (0, 0, 0, 1))
+        parts = parts[:, :, 0::2] + parts[:, :, 1::2]
+    return worst
+
+
+def _normaliser(setting: Setting, m: Tensor, lse: Tensor, steps: Tensor, tokens: Tensor, deviations: float) -> Tensor:
+    """Relative error that all channels of a row share: of Σ p, or of 2^(m - lse) where lse is carried along."""
+    summed = U32 * torch.minimum(tokens, deviations * (tokens / 3).sqrt())
+    if setting.profile.normaliser == "sum":
+        return summed + U32 * (2 * steps + 4)
+    largest = torch.maximum(m.abs(), lse.abs()) * LOG2E
+    return summed + LN2 * (steps + 2) * (U32 * largest + EXP2_ERROR) + steps * (EXP2_ERROR + 2 * U32)

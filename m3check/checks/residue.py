@@ -1,0 +1,107 @@
+"""The error of a chunk in units of its noise, the noise of any projection of it, and how large a row of noise may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3check.checks.noise import Noise, Pairs
+
+TINY = 1e-30
+"""σ² (of a channel whose largest |v| is 1) below which a channel is left to the element test."""
+
+EXAMINED = 16
+"""Suspects of a chunk whose noise is worked out with all its correlations; the worst ones by the simple rule."""
+
+
+@dataclass(frozen=True)
+class Residue:
+    """Errors [P, G, D] and what they are weighed with."""
+
+    error: Tensor
+    precision: Tensor  # 1/σ², 0 where the channel is not weighed
+
+    @classmethod
+    def of(cls, error: Tensor, model: Noise) -> Residue:
+        """Errors beyond a million σ count as that much, so that squares stay finite."""
+        variance = model.variance
+        weighed = variance > TINY
+        limit = 1e6 * variance.sqrt()
+        return cls(error.clamp(-limit, limit), torch.where(weighed, 1 / variance.clamp(min=TINY), 0))
+
+
+def grouped(values: Tensor, bin_: Tensor) -> Tensor:
+    """Sums of [..., n] over tokens of one bin: [..., slots]."""
+    slots = 4 * values.shape[-1] + 1
+    return values.new_zeros(*values.shape[:-1], slots).scatter_add_(-1, bin_, values)
+
+
+def projected_limit(
+    model: Noise, pairs: Pairs, pair: Tensor, heads: Tensor, direction: Tensor, deviations: float
+) -> tuple[Tensor, Tensor]:
+    """(bias, random) limits [c] of Σ direction · error for candidates: direction [c, G, D], heads [c, G] that take part.
+
+    Every channel of a head shares the rounding of a weight, and tokens of one bin round alike: both are in the variance.
+    Heads with the same query err alike as well.
+    """
+    direction = direction * heads[..., None]
+    o = model.o[pair]
+    along = direction @ pairs.v[pair].mT  # [c, G, n]
+    scale = model.token_variance[pair].sqrt() * model.weight[pair]
+    shifted = along - (direction * o).sum(-1, keepdim=True)
+    plain, other = (grouped(scale * x, model.bin[pair]) for x in (along, shifted))
+    tokens = torch.maximum(plain.square().sum(-1), other.square().sum(-1)).sum(-1)  # [c]
+    most = math.sqrt(3) * torch.maximum(plain.abs().sum(-1), other.abs().sum(-1)).sum(-1)
+    own = (direction.square() * (model.own[pair] + model.half[pair].square() / 3)).sum((-2, -1))
+    q = pairs.q[pair]
+    alike = ((q[:, :, None] == q[:, None]).all(-1) & heads[:, None]).sum(-1).where(heads, 0).amax(-1).clamp(min=1)
+    tokens, own = tokens * alike, own * alike
+    random = torch.minimum(deviations * (tokens + own).sqrt(), most + deviations * own.sqrt())
+    bias = (direction.abs() * model.bias[pair]).sum((-2, -1))
+    return bias, random
+
+
+def row_limit(residue: Residue, model: Noise, pairs: Pairs, surprise: float) -> tuple[Tensor, Tensor]:
+    """(rms(err/σ), its limit) of each row [P, G], after the part of each error that bias explains is taken off."""
+    excess = (residue.error.abs() - model.bias).clamp(min=0)
+    weighed = residue.precision > 0
+    count = weighed.sum(-1).clamp(min=1).float()
+    total = (excess.square() * residue.precision).sum(-1)
+    # For independent channels: tr + 2 sqrt(tr(S²) x) + 2 |S| x with S = I (Hsu, Kakade & Zhang 2012).
+    limit = count + 2 * (count * surprise).sqrt() + 2 * surprise
+    suspects = (total > limit).flatten()
+    if suspects.any():
+        worst = (total / limit).flatten().topk(min(EXAMINED, suspects.numel())).indices
+        worst = worst[suspects[worst]]
+        pair, head = worst // total.shape[1], worst % total.shape[1]
+        exact = torch.maximum(
+            *(_quadratic_limit(residue, model, pairs, pair, head, shift, surprise) for shift in (False, True))
+        )
+        cleared = torch.minimum(total, limit)  # rows that were not examined do not count
+        examined = torch.zeros_like(total, dtype=torch.bool)
+        examined[pair, head] = True
+        total = torch.where(examined, total, cleared)
+        limit = limit.clone()
+        limit[pair, head] = torch.maximum(exact, limit[pair, head])
+    return (total / count).sqrt(), (limit / count).sqrt()
+
+
+def _quadratic_limit(
+    residue: Residue, model: Noise, pairs: Pairs, pair: Tensor, head: Tensor, shift: bool, surprise: float
+) -> Tensor:
+    """Limit [c] of Σ (err/σ)² with the correlation between channels that the weights' roundings make."""
+    scale = (model.token_variance[pair, head].sqrt() * model.weight[pair, head])[..., None]  # [c, n, 1]
+    v = pairs.v[pair] - model.o[pair, head][:, None] if shift else pairs.v[pair]
+    terms = scale * v * residue.precision[pair, head].sqrt()[:, None]
+    bin_ = model.bin[pair, head]
+    slots = 4 * bin_.shape[-1] + 1
+    sums = terms.new_zeros(len(pair), slots, terms.shape[-1])
+    sums.scatter_add_(1, bin_[..., None].expand_as(terms), terms)
+    own = (model.own + model.half.square() / 3)[pair, head] * residue.precision[pair, head]
+    spread = sums.mT @ sums + torch.diag_embed(own)  # [c, D, D]
+    trace = spread.diagonal(dim1=-2, dim2=-1).sum(-1)
+    largest = torch.linalg.eigvalsh(spread)[..., -1]
+    return trace + 2 * (spread.square().sum((-2, -1)) * surprise).sqrt() + 2 * largest * surprise
