@@ -1,0 +1,160 @@
+"""Repairs of how the interpreter starts a kernel: types, arguments, autotuning, dependent launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.language.extra import cuda
+from triton.runtime import autotuner
+from triton.runtime import interpreter as base
+
+from m3check.types import M3CheckError
+
+
+class StaticAssertionFailed(AssertionError):
+    """tl.static_assert: this configuration does not compile."""
+
+
+# -- the language while a kernel runs ---------------------------------------------------------------------------------
+
+_language: dict[tuple[object, str], Any] = {}  # what tl looks like while a kernel runs, where Triton's own choice is wrong
+
+
+def _static_assert(cond: object, msg: str = "") -> None:
+    if not cond:
+        raise StaticAssertionFailed(msg)
+
+
+def repair_fnuz_types() -> None:
+    """The fnuz dialects have an interpreter type."""
+    _wrap_core_patch()
+    names = {"fp8e4b8": "get_fp8e4b8_ty", "fp8e5b16": "get_fp8e5b16_ty"}
+    _language[tl.dtype, "to_ir"] = lambda original: (
+        lambda self, builder: getattr(builder, names[self.name])() if self.name in names else original(self, builder)
+    )
+
+
+def repair_scalar_index() -> None:
+    """A scalar tensor is an index (numpy 2.4 no longer turns an array of one element into an int)."""
+    _wrap_core_patch()
+    _language[tl.tensor, "__index__"] = lambda original: lambda self: int(self.handle.data.reshape(()))
+
+
+def name_static_assertions() -> None:
+    """A failing tl.static_assert can be told from any other assertion."""
+    _wrap_core_patch()
+    _language[tl, "static_assert"] = lambda original: _static_assert
+    _language[tl.core, "static_assert"] = lambda original: _static_assert
+
+
+def _wrap_core_patch() -> None:
+    original = base._patch_lang
+    if getattr(original, "is_repair", False):
+        return
+
+    def patch_lang(fn: Any) -> Any:
+        scope = original(fn)
+        for (owner, name), make in _language.items():
+            scope.set_attr(owner, name, make(getattr(owner, name)))
+        return scope
+
+    patch_lang.is_repair = True  # type: ignore[attr-defined]
+    base._patch_lang = patch_lang
+
+
+def repair_boolean_arguments() -> None:
+    """A Python bool may be a kernel argument that is not constexpr."""
+    original = base._implicit_cvt
+
+    def implicit_cvt(arg: Any) -> Any:
+        if isinstance(arg, bool):
+            return tl.tensor(base.TensorHandle(np.array([arg], dtype=np.bool_), tl.int1), tl.int1)
+        return original(arg)
+
+    base._implicit_cvt = implicit_cvt
+
+
+def repair_dependent_launch() -> None:
+    """Programs run one after another here, so waiting for an earlier kernel and releasing a later one are nothing."""
+
+    def nothing(_semantic: Any = None) -> None:
+        return None
+
+    for owner in (cuda, cuda.gdc):
+        owner.gdc_wait = owner.gdc_launch_dependents = nothing
+
+
+# -- autotuning -------------------------------------------------------------------------------------------------------
+
+_PIN = "_m3check_pin"
+
+
+def autotuner_of(kernel: Any) -> Any:
+    """The Autotuner inside a kernel object (behind heuristics and the like), or None."""
+    while kernel is not None and not isinstance(kernel, autotuner.Autotuner):
+        kernel = getattr(kernel, "fn", None)
+    return kernel
+
+
+def autotuned(namespace: Mapping[str, Any]) -> dict[str, int]:
+    """Names of the autotuned kernels of a module's namespace and how many configurations each has."""
+    found = {name: autotuner_of(value) for name, value in namespace.items()}
+    return {name: len(tuner.configs) for name, tuner in found.items() if tuner is not None}
+
+
+def pin_autotune(kernel: Any, index: int | None) -> None:
+    """Run configuration `index` of an autotuned kernel from now on; None: the cheapest that compiles, the default."""
+    tuner = autotuner_of(kernel)
+    if tuner is None:
+        raise M3CheckError(f"{getattr(kernel, '__name__', kernel)} is not autotuned")
+    if index is not None and not 0 <= index < len(tuner.configs):
+        raise M3CheckError(f"configuration {index} does not exist: the kernel has {len(tuner.configs)}, counted from 0")
+    setattr(tuner, _PIN, index)
+
+
+def cost_of(config: Any) -> tuple[float, int, int]:
+    """What orders configurations from the cheapest: the size of the tile, then warps and stages."""
+    sizes = [v for v in config.kwargs.values() if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+    return math.prod(sizes), config.num_warps or 0, config.num_stages or 0
+
+
+def _is_static_assertion(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, StaticAssertionFailed):
+            return True
+        error = error.__cause__
+    return False
+
+
+def repair_autotune() -> None:
+    """An autotuned kernel runs without a device to time it on: pinned, or the cheapest configuration that compiles."""
+    name_static_assertions()
+
+    def launch(self: Any, config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.best_config = config
+        if config.pre_hook is not None:
+            config.pre_hook({**self.nargs, **kwargs, **config.all_kwargs()})
+        return self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        pin = getattr(self, _PIN, None)
+        if pin is not None:
+            return launch(self, self.configs[pin], args, kwargs)
+        configs = list(self.configs)
+        if self.early_config_prune:
+            configs = self.early_config_prune(configs, self.nargs, **kwargs)
+        configs.sort(key=cost_of)
+        for config in configs[:-1]:
+            try:
+                return launch(self, config, args, kwargs)
+            except base.InterpreterError as error:
+                if not _is_static_assertion(error):
+                    raise
+        return launch(self, configs[-1], args, kwargs)
+
+    autotuner.Autotuner.run = run
