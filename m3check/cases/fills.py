@@ -57,7 +57,7 @@ def _whole(largest: int) -> Table:
     """Integers in [-largest, largest], equally likely."""
     import numpy as np
 
-    return np.arange(stream.ENTRIES) % (2 * largest + 1) - float(largest)
+    return np.array(np.arange(stream.ENTRIES) % (2 * largest + 1) - largest, dtype=np.float64)
 
 
 def _binades(lowest: int) -> Table:

@@ -18,8 +18,8 @@ DATA = Path(__file__).parent.parent / "data"
 
 LISTS: Mapping[str, tuple[str, ...]] = {  # a tier and the lists that make it up, in the order of a plan
     "smoke": ("smoke",),
-    "ci": ("smoke", "ci"),
-    "full": ("smoke", "ci", "full", "long"),
+    "ci": ("smoke", "real", "ci"),
+    "full": ("smoke", "real", "ci", "full", "long"),
 }
 
 TIERS: Mapping[str, str] = {
@@ -47,14 +47,18 @@ def _tier(name: str) -> tuple[Case, ...]:
         from m3check.cases.production import production
 
         return production()
-    unique = dict.fromkeys(parse_id(line) for part in LISTS[name] for line in listed(part))
-    return tuple(sorted(unique, key=lambda case: tuple(OPS).index(case.op)))
+    return tuple(sorted(dict.fromkeys(listed_cases(*LISTS[name])), key=lambda case: tuple(OPS).index(case.op)))
 
 
 def listed(name: str) -> tuple[str, ...]:
     """The ids of one list in m3check/data, comments left out."""
     text = (DATA / f"{name}.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line and not line.startswith("#"))
+
+
+def listed_cases(*names: str) -> list[Case]:
+    """The cases of some lists."""
+    return [parse_id(line) for name in names for line in listed(name)]
 
 
 def shard(cases: Iterable[Case], index: int, count: int) -> list[Case]:
