@@ -25,6 +25,7 @@ INDEX = """
         score = torch.full((num_kv_heads, idx_q.shape[0], columns), float("-inf"))
         score[..., 0] = VERSION_MARK
         score[..., 1] = float(current_platform.is_device_capability((12, 0)))
+        score[..., 2] = float(current_platform.is_arch_support_pdl())
         return score
 
     def minimax_m3_index_topk(score, cu_seqlens_q, prefix_lens, max_query_len, topk, init_blocks, local_blocks, out=None):
@@ -94,19 +95,26 @@ def wheel(
 ) -> Path:
     """A wheel of those files; RECORD is made from `recorded`, where that differs from what is inside."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"vllm-{version}-cp38-abi3-manylinux_2_31_x86_64.whl"
+    path = folder / wheel_name(version)
     info = f"vllm-{version}.dist-info"
     metadata = {
         f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp38-abi3-manylinux_2_31_x86_64\n",
     }
-    rows = [f"{name},sha256={_digest(text)},{len(text)}" for name, text in {**contents, **(recorded or {}), **metadata}.items()]
+    rows = [
+        f"{name},sha256={_digest(text)},{len(text)}" for name, text in {**contents, **(recorded or {}), **metadata}.items()
+    ]
     with zipfile.ZipFile(path, "w") as archive:
         for name, text in {**contents, **metadata}.items():
             archive.writestr(name, text)
         if record:
             archive.writestr(f"{info}/RECORD", "\n".join([*rows, f"{info}/RECORD,,"]) + "\n")
     return path
+
+
+def wheel_name(version: str) -> str:
+    """A wheel's file name, tagged as the published ones are."""
+    return f"vllm-{version}-cp38-abi3-manylinux_2_31_x86_64.whl"
 
 
 def _digest(text: str) -> str:

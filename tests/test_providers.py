@@ -91,13 +91,14 @@ def test_the_example_computes_what_the_reference_does():
     loaded = load(str(EXAMPLE))
     assert sorted(loaded.kernels) == ["index_score", "sparse_attn_decode"]
     assert "defines no index_topk" in loaded.missing["index_topk"]
+    fp32 = {**TINY, "dtype": "fp32", "cache_dtype": "fp32"}
+    scaled = {**fp32, "cache_dtype": "fp8_e4m3fn", "scales": "token"}
     for case in (
-        Case(op="index_score", query_lens=(3, 2), kv_lens=(129, 300), dtype="fp32", cache_dtype="fp32", **TINY),
-        Case(op="sparse_attn_decode", query_lens=(2, 2, 2), kv_lens=(0, 129, 700), dtype="fp32", cache_dtype="fp32", **TINY),
-        Case(op="sparse_attn_decode", query_lens=(1, 1), kv_lens=(300, 700), ids="holes", dtype="fp32", cache_dtype="fp32", **TINY),
-        Case(op="sparse_attn_decode", query_lens=(1, 1), kv_lens=(300, 700), scales="token", dtype="fp32",
-             cache_dtype="fp8_e4m3fn", **TINY),
-    ):  # fmt: skip
+        Case(op="index_score", query_lens=(3, 2), kv_lens=(129, 300), **fp32),
+        Case(op="sparse_attn_decode", query_lens=(2, 2, 2), kv_lens=(0, 129, 700), **fp32),
+        Case(op="sparse_attn_decode", query_lens=(1, 1), kv_lens=(300, 700), ids="holes", **fp32),
+        Case(op="sparse_attn_decode", query_lens=(1, 1), kv_lens=(300, 700), **scaled),
+    ):
         assert loaded.refuses(case) is None
         inputs = cases.make_inputs(case)
         run = contract.call(loaded.kernels[case.op], inputs)
