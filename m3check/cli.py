@@ -156,10 +156,11 @@ def _told(error: Exception) -> int:
 
 def _main(words: list[str]) -> int:
     whole = parser()
-    if words and not words[0].startswith("-"):
+    known = [name for name, _ in COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in known:
         from m3check.config import choose
 
-        choose("command", words[0], [name for name, _ in COMMANDS])
+        choose("command", words[0], known)
     arguments = whole.parse_args(words)
     if arguments.version:
         from m3check import __version__

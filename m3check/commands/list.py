@@ -28,5 +28,7 @@ def main(arguments: argparse.Namespace) -> int:
         emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
     skipped = sum(line.skip is not None for line in lines)
     due = [line for line in lines if line.skip is None and options.require in (None, line.evidence)]
-    talk(f"m3check: {len(lines)} planned, {skipped} of them skipped" + ("" if due else ": nothing would run"))
-    return 0 if due else 5
+    code = 0 if due else 5
+    nothing = "" if due else "; nothing would run" + (f" with {options.require} evidence" if options.require else "")
+    talk(f"m3check: exit {code}: {len(lines)} planned, {skipped} of them skipped{nothing}")
+    return code

@@ -52,6 +52,7 @@ class Progress:
 
     def _take(self, result: Result) -> None:
         from m3check.report.markdown import sentence, telling
+        from m3check.report.tables import clean
         from m3check.report.tally import red_word
 
         self.results.append(result)
@@ -60,7 +61,7 @@ class Progress:
             return
         self._red += 1
         told = telling(result, self._strict)
-        what = sentence(told[0]) if told else result.reason
+        what = " ".join(clean(sentence(told[0]) if told else result.reason).split())
         self._line(f"{self._paint(word.upper())} {result.case} [{result.provider}] {what}\n  {result.repro}")
 
     def _redraw(self, event: Event) -> None:

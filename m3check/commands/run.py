@@ -32,9 +32,15 @@ def main(arguments: argparse.Namespace) -> int:
     from m3check.report.files import check_writable
 
     check_writable(options.folder)
-    with _signals(signal.SIGTERM, _interrupt):  # what ends a job in CI must leave a report as ctrl-C does
-        record = _run(options, progress)
-    progress.close()
+    try:
+        with _signals(signal.SIGTERM, _interrupt):  # what ends a job in CI must leave a report as ctrl-C does
+            record = _run(options, progress)
+    except Exception:
+        with suppress(OSError):
+            options.folder.rmdir()  # only where it is empty: a mistyped case leaves nothing behind
+        raise
+    finally:
+        progress.close()
     with _signals(signal.SIGINT, signal.SIG_IGN):  # a second ctrl-C must not cut the report off
         record, report = _write(record, options.folder)
     _print(record)
@@ -48,8 +54,12 @@ def _run(options: RunOptions, progress: Progress) -> Record:
         from m3check import api
 
         return api.run(options)
-    except (M3CheckError, ImportError):
-        raise  # main() says what is wrong; nothing has run
+    except ImportError:
+        raise  # main() says what is missing; nothing has run
+    except M3CheckError as error:
+        if not progress.results:
+            raise
+        return _broken(options, progress.results, Exit(4, str(error)))
     except KeyboardInterrupt:
         return _broken(options, progress.results, Exit(2, f"interrupted after {len(progress.results)} results"))
     except OSError as error:

@@ -5,16 +5,13 @@ Statuses that are neither red nor a pass become `skipped`, as pytest does with e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from m3check.report.markdown import sentence, telling
-from m3check.report.tables import figure, groups, machine, worst_ratio
+from m3check.report.tables import clean, figure, groups, machine, worst_ratio
 from m3check.report.tally import red_word, strict
 from m3check.types import Record, Result, Status
-
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def render(records: Sequence[Record]) -> str:
@@ -29,11 +26,6 @@ def render(records: Sequence[Record]) -> str:
         root.set(name, str(sum(int(suite.get(name, "0")) for suite in root)))
     ElementTree.indent(root)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{ElementTree.tostring(root, encoding="unicode")}\n'
-
-
-def clean(text: str) -> str:
-    """Text without the characters that XML 1.0 has no place for."""
-    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _suite(root: ElementTree.Element, record: Record, name: str, results: Sequence[Result]) -> None:

@@ -28,10 +28,11 @@ def head(record: Record) -> str:
 
 def evidence_sentence(record: Record) -> str:
     """What kind of evidence the results are, and what they cannot say."""
-    arch, where, kinds = record.arch, cell(machine(record)), evidence_of(record)
+    arch, kinds = record.arch, evidence_of(record)
     sentences = {
-        "device": f"Evidence `device`: ran on {arch} hardware ({where}).",
-        "interpreted": f"Evidence `interpreted`: Triton's interpreter ran the kernels on a CPU ({where}); "
+        "device": f"Evidence `device`: ran on {arch} hardware ({cell(machine(record, 'device'))}).",
+        "interpreted": "Evidence `interpreted`: Triton's interpreter ran the kernels on a CPU "
+        f"({cell(machine(record, 'interpreted'))}); "
         f"what {arch}'s compiler and matrix units do was not seen.",
         "compiled": f"Evidence `compiled`: cross-compiled for {arch} and not run.",
     }
@@ -177,9 +178,15 @@ def sentence(finding: Finding) -> str:
     """A finding in one line: check, measured > limit, where, hint."""
     parts = [finding.check]
     if finding.measured is not None:
-        parts.append(figure(finding.measured) + (f" > {figure(finding.limit)}" if finding.limit is not None else ""))
+        parts.append(f"{figure(finding.measured)}{_against(finding)}")
     text = ": ".join(parts) + (f" at {finding.where}" if finding.where else "")
     return text + (f" ({finding.hint})" if finding.hint else "")
+
+
+def _against(finding: Finding) -> str:
+    if finding.limit is None or finding.measured is None:
+        return ""
+    return f", limit {figure(finding.limit)}" if finding.measured <= finding.limit else f" > {figure(finding.limit)}"
 
 
 def _cause(result: Result, stern: bool) -> str:
@@ -195,7 +202,7 @@ def _failure(result: Result, stern: bool) -> str:
     ]
     lines.append(f"- kernel: {code(result.kernel)}, {result.evidence}")
     told = telling(result, stern)
-    if result.reason:
+    if result.reason and not told:
         lines.append(f"- reason: {cell(result.reason)}")
     for f in told:
         lines += [

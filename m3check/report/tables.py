@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from m3check.types import OPS, Evidence, Finding, Record, Result, Status
+
+_NOT_TEXT = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 EVIDENCE_RANK: Mapping[Evidence, int] = {"compiled": 0, "interpreted": 1, "device": 2}
 """How much a kind of evidence says about the hardware."""
@@ -21,9 +24,14 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], right: Seque
     return tabulate(cells, headers=list(headers), tablefmt="github", colalign=align, disable_numparse=True)
 
 
+def clean(text: str) -> str:
+    """Text without the characters that XML 1.0 has no place for and that a terminal would obey."""
+    return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 def cell(value: object) -> str:
     """A value on one line that neither ends a table's cell nor opens a tag."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(clean(str(value)).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def code(text: str) -> str:
@@ -62,14 +70,14 @@ def evidence_of(record: Record) -> list[Evidence]:
     return sorted(kinds, key=lambda kind: -EVIDENCE_RANK[kind])
 
 
-def machine(record: Record) -> str:
-    """One line for where it ran: the GPU only where it gave the evidence, else the CPU."""
+def machine(record: Record, evidence: Evidence | None = None) -> str:
+    """One line for where evidence (the weightiest kind) was made: the GPU only where it ran the kernels, else the CPU."""
     facts = record.environment
-    cores = f", {facts['cores']} cores" if facts.get("cores") else ""
-    host = str(facts.get("host") or facts.get("machine") or "an unnamed machine")
-    if "device" in evidence_of(record) and facts.get("gpu"):
+    kinds = evidence_of(record)
+    if (evidence or (kinds[0] if kinds else None)) == "device" and facts.get("gpu"):
         return str(facts["gpu"])
-    return host + cores
+    cores = f", {facts['cores']} cores" if facts.get("cores") else ""
+    return str(facts.get("host") or facts.get("machine") or "an unnamed machine") + cores
 
 
 def in_op_order(ops: Iterable[str]) -> list[str]:

@@ -1,0 +1,83 @@
+"""The exit code: which results make which one."""
+
+from __future__ import annotations
+
+import pytest
+from records import finding, result
+
+from m3check.report.exits import judge
+from m3check.types import Status
+
+SKIP = result(Status.SKIPPED, reason="needs a device")
+NOTED = result(findings=(finding(status=Status.NOTED),))
+
+
+@pytest.mark.parametrize("status", [Status.FAILED, Status.ERROR, Status.CRASHED, Status.TIMEOUT])
+def test_a_red_result_is_exit_1(status: Status) -> None:
+    told = judge([result(), result(status)], ["triton"])
+
+    assert (told.code, told.reason) == (1, f"1 {status} of 2 results")
+
+
+@pytest.mark.parametrize("status", [Status.MISTRUSTED, Status.INCONCLUSIVE])
+def test_a_doubtful_result_is_red_only_when_strict(status: Status) -> None:
+    assert judge([result(), result(status)], ["triton"]).code == 0
+    assert judge([result(), result(status)], ["triton"], strict=True).code == 1
+
+
+def test_a_note_is_red_only_when_strict() -> None:
+    assert judge([NOTED], ["triton"]).code == 0
+    assert judge([NOTED], ["triton"], strict=True) == judge([NOTED], ["triton"], strict=True)
+    assert judge([NOTED], ["triton"], strict=True).code == 1
+
+
+def test_a_known_failure_is_not_red() -> None:
+    told = judge([result(), result(Status.KNOWN)], ["triton"], strict=True)
+
+    assert told.code == 0
+    assert "1 known" in told.reason
+
+
+def test_nothing_that_ran_is_never_success() -> None:
+    assert judge([], ["triton"]).code == 5
+    assert judge([], []).code == 5
+    assert judge([SKIP, SKIP], ["triton"]).code == 5
+    assert "needs a device" in judge([SKIP, SKIP], ["triton"]).reason
+
+
+def test_every_named_provider_must_give_results() -> None:
+    told = judge([result()], ["triton", "vllm==0.33.0"])
+
+    assert told.code == 5
+    assert "no result for vllm==0.33.0" in told.reason
+    assert judge([result(), result(provider="vllm==0.33.0")], ["triton", "vllm==0.33.0"]).code == 0
+    assert judge([result(), result(Status.SKIPPED, provider="vllm==0.33.0")], ["triton", "vllm==0.33.0"]).code == 5
+
+
+def test_red_weighs_more_than_missing_and_says_both() -> None:
+    told = judge([result(Status.FAILED)], ["triton", "vllm"])
+
+    assert (told.code, told.reason) == (1, "1 failed of 1 results; no result for vllm")
+
+
+def test_what_nobody_named_never_changes_the_code() -> None:
+    assert judge([result(), result(Status.FAILED, provider="sglang")], ["triton"]).code == 0
+    assert judge([result(provider="sglang")], ["triton"]).code == 5
+
+
+def test_a_name_without_a_version_stands_for_any_but_not_for_a_longer_name() -> None:
+    assert judge([result(provider="vllm==0.33.0")], ["vllm"]).code == 0
+    assert judge([result(provider="vllm_fork")], ["vllm"]).code == 5
+
+
+def test_required_evidence_alone_counts_as_having_run() -> None:
+    told = judge([result()], ["triton"], require="device")
+
+    assert told.code == 5
+    assert "device" in told.reason
+    assert judge([result(evidence="device")], ["triton"], require="device").code == 0
+    assert judge([result(Status.FAILED)], ["triton"], require="device").code == 1
+
+
+def test_an_interrupted_run_is_exit_2_whatever_came() -> None:
+    assert judge([result(Status.FAILED)], ["triton"], interrupted=True).code == 2
