@@ -418,16 +418,13 @@ def test_rounded_is_the_nearest_of_the_query_dtype_and_folded_is_exact():
 
 
 def test_rounded_goes_through_the_fp32_product():
-    # 1.125 · s stands above the middle of two bf16 numbers by less than fp32 holds: the product falls on the
-    # middle, and goes to the even neighbour.
-    code, middle = 1.125, 1.0 + 2.0**-8 + 2.0**-7
+    """1.75 · scale lies above the middle of the bf16 numbers 1 and 1 + 2^-7, but fp32 rounds it onto the middle, a tie."""
+    code, middle = 1.75, 1.0 + 2.0**-8
     scale = torch.tensor(middle / code, dtype=torch.float32)
-    product = torch.tensor(code) * scale
+    assert code * scale.item() > middle
     codes = torch.full((1, 1, 1), code).to(torch.float8_e4m3fn)
-    got = dequantised(caches(codes, torch.bfloat16, scale, scale), "rounded").k.item()
-    assert product.item() == middle
-    assert code * scale.double().item() != middle
-    assert got == 1.0 + 2.0**-6  # even; 1 + 2^-7 is odd
+    assert dequantised(caches(codes, torch.bfloat16, scale, scale), "rounded").k.item() == 1.0
+    assert dequantised(caches(codes, torch.bfloat16, scale, scale), "folded").k.item() == code * scale.item()
 
 
 @pytest.mark.parametrize("rule", ["rounded", "folded"])

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from m3check.types import BLOCK, Request
 
-CHUNK_BYTES = 256 * 2**20
-"""Size of the largest temporary; a few live at once, so a reference needs its inputs, its outputs and about 1 GB."""
+CHUNK_BYTES = 32 * 2**20
+"""Size of the largest temporary, of which a few live at once. Larger ones are no faster: the pages of each are new to the
+process, and bringing them in costs more than the loop saves."""
 
 
 def positions(requests: Sequence[Request], device: torch.device) -> Tensor:
