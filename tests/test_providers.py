@@ -14,7 +14,6 @@ from m3check import cases, kernels, reference
 from m3check.arch import ARCHS
 from m3check.kernels import contract
 from m3check.kernels.provider import Loaded
-from m3check.kernels.signatures import signatures_text
 from m3check.types import OPS, Case, Kernel, M3CheckError, Profile
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_kernels.py"
@@ -219,11 +218,7 @@ def test_our_own_kernels_load_for_every_target():
         assert (kernel.provider, kernel.op) == ("triton", op)
 
 
-def test_the_signatures_name_every_op_and_parameter():
-    text = signatures_text()
-    assert all(op in text for op in contract.SIGNATURES)
-    assert all(parameter in text for parameter in contract.PARAMETERS)
-    assert max(map(len, text.splitlines())) <= 130
+def test_every_parameter_of_an_op_has_its_meaning_written_down():
     used = {name for parameters, _ in contract.SIGNATURES.values() for name in parameters}
     assert used == set(contract.PARAMETERS), "a parameter without a meaning, or a meaning without a parameter"
 

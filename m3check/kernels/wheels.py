@@ -33,8 +33,8 @@ WANTED = ("vllm/models/minimax_m3/",)
 LARGEST_FILE = 4 << 20
 """Bytes; the largest kernel file published so far has 0.07 MB, and a damaged or hostile archive may claim anything."""
 
-PIP_SECONDS = {"install": 180, "download": 3600}
-"""Time limits: the first only asks for an address, the second brings a wheel of half a gigabyte."""
+PIP_SECONDS = 1800
+"""Time limit for a pip that hangs; a network that does not answer ends by pip's own, much shorter, limits."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,21 @@ def _selection(version: str) -> list[str]:
 
 
 def _pip(arguments: list[str], version: str) -> str:
-    command = [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check", "--no-input"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        *arguments,
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+        "--retries",
+        "2",
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS[arguments[0]], check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
-        raise M3CheckError(
-            f"pip did not find vllm=={version} within {error.timeout:.0f} s; is the network reachable?"
-        ) from error
+        raise M3CheckError(f"pip did not find vllm=={version} within {PIP_SECONDS} s; is the network reachable?") from error
     if done.returncode == 0:
         return done.stdout
     if "No module named pip" in done.stderr:
