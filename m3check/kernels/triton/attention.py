@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m3check.kernels.triton.dequantise import dequantised
+from m3check.kernels.triton.dequantise import decoded
 
 
 @triton.jit
@@ -36,11 +36,9 @@ def attend(
     acc = tl.full([ROWS, D], 0.0, tl.float32)
     d = tl.arange(0, D).to(tl.int64)
     j = tl.arange(0, KEYS).to(tl.int64)
-    k_factor = 1.0
-    v_factor = 1.0
     if SCALES == "scalar":
-        k_factor = tl.load(k_scale)
-        v_factor = tl.load(v_scale)
+        k_one = tl.load(k_scale)
+        v_one = tl.load(v_scale)
     for start in range(first_slot * 128, used * 128, KEYS):
         at = start + j  # counts the tokens of the listed blocks; a step lies within a block or spans whole ones
         slot = at // 128
@@ -49,16 +47,20 @@ def attend(
         seen = (block >= 0) & (key < kv_len)
         page = tl.load(table + block * stride_tc, mask=seen, other=0).to(tl.int64)
         k_at = page * stride_cp + kv_head * stride_ch + (at % 128) * stride_ct
-        if SCALES == "token":
-            place = page * 128 + at % 128
-            k_factor = tl.load(k_scale + kv_head * stride_kh + place, mask=seen, other=0.0)[:, None]
-            v_factor = tl.load(v_scale + kv_head * stride_vh + place, mask=seen, other=0.0)[:, None]
-        k_pointers = cache + k_at[:, None] + (d * stride_cd)[None, :]
-        k = tl.load(k_pointers, mask=seen[:, None], other=0)
+        pointers = cache + k_at[:, None] + (d * stride_cd)[None, :]
+        k = tl.load(pointers, mask=seen[:, None], other=0)
+        v = tl.load(pointers + D * stride_cd, mask=seen[:, None], other=0)
         if FORM == "plain":
-            k = k.to(DTYPE)
+            k, v = k.to(DTYPE), v.to(DTYPE)
+        elif SCALES == "token":
+            place = page * 128 + at % 128
+            k_by = tl.load(k_scale + kv_head * stride_kh + place, mask=seen, other=0.0)[:, None]
+            v_by = tl.load(v_scale + kv_head * stride_vh + place, mask=seen, other=0.0)[:, None]
+            k, v = (decoded(k, FORM) * k_by).to(DTYPE), (decoded(v, FORM) * v_by).to(DTYPE)
+        elif SCALES == "scalar":
+            k, v = (decoded(k, FORM) * k_one).to(DTYPE), (decoded(v, FORM) * v_one).to(DTYPE)
         else:
-            k = dequantised(k, k_factor, FORM, SCALES != "none", DTYPE)
+            k, v = decoded(k, FORM).to(DTYPE), decoded(v, FORM).to(DTYPE)
         logit = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=tl.float32) * scale_log2
         logit = tl.where(seen[None, :], logit, float("-inf"))
         new_top = tl.maximum(top, tl.max(logit, 1))
@@ -67,11 +69,6 @@ def attend(
         p = tl.exp2(logit - base[:, None])
         decay = tl.exp2(top - base)
         total = total * decay + tl.sum(p, 1)
-        v = tl.load(k_pointers + D * stride_cd, mask=seen[:, None], other=0)
-        if FORM == "plain":
-            v = v.to(DTYPE)
-        else:
-            v = dequantised(v, v_factor, FORM, SCALES != "none", DTYPE)
         acc = tl.dot(p.to(DTYPE), v, acc * decay[:, None], input_precision="ieee", out_dtype=tl.float32)
         top = new_top
     return acc, top, total

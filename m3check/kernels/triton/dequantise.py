@@ -48,17 +48,8 @@ def decoded(code, FORM: tl.constexpr):
 
 
 @triton.jit
-def dequantised(code, scale, FORM: tl.constexpr, SCALED: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes as an operand of tl.dot: code times scale, rounded once to DTYPE; `scale` must broadcast."""
-    value = decoded(code, FORM)
-    if SCALED:
-        value = value * scale
-    return value.to(DTYPE)
-
-
-@triton.jit
 def operand(raw, FORM: tl.constexpr, DTYPE: tl.constexpr):
-    """Loaded values without scales, of whatever format, as an operand of tl.dot."""
+    """Loaded values, of whatever format and without a scale, as an operand of tl.dot."""
     if FORM == "plain":
         return raw.to(DTYPE)
     else:

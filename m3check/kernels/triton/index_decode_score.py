@@ -78,6 +78,7 @@ def index_decode_score(
         q, *q.stride(), cache, *cache.stride(), block_table, *block_table.stride(),
         score_out, score_out.stride(1), score_out.stride(0), score_out.stride(2),
         seq_lens, decode_query_len, min(score_out.shape[2], block_table.shape[1]), init_blocks, local_blocks, parts,
-        heads, dim, rows, tiles.score_keys(dtype), q_form, k_form, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=2,
+        heads, dim, rows, tiles.score_keys(dtype), q_form, k_form, tiles.TL_DTYPES[dtype],
+        num_warps=4, num_stages=tiles.stages(dtype),
     )  # fmt: skip
     return score_out

@@ -68,6 +68,7 @@ def index_score(
         q, *q.stride(), cache, *cache.stride(), block_table, *block_table.stride(),
         score, score.stride(1), score.stride(0), score.stride(2),
         cu_seqlens_q, seq_lens, prefix_lens, min(columns, block_table.shape[1]), parts,
-        heads, dim, rows, tiles.score_keys(dtype), q_form, k_form, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=2,
+        heads, dim, rows, tiles.score_keys(dtype), q_form, k_form, tiles.TL_DTYPES[dtype],
+        num_warps=4, num_stages=tiles.stages(dtype),
     )  # fmt: skip
     return score

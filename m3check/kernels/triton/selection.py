@@ -1,6 +1,7 @@
 """The largest keys of each row: a block's score, its forcing and its id in one int64, so that order is total and exact.
 
-A key is forcing (2 init, 1 local, 0 none) · 2^56 + monotone(score) · 2^24 + (2^24 - 1 - id); NONE stands for no block.
+A key is forcing (2 init, 1 local, 0 none) · 2^56 + monotone(score) · 2^24 + (2^24 - 1 - id), the score left out where
+forced; NONE stands for no block.
 Keys differ, so the choice is the same however a row is cut into tiles; equal scores go to the smaller id, NaN is below
 -inf, -0 equals +0, and a forced block wins over any score.
 """
@@ -25,6 +26,7 @@ def rank_keys(score, block, seen, visible, init_blocks, local_blocks):
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     order = tl.where(score != score, -0x80000000, order) + 0x80000000
     forced = tl.where(block >= visible - local_blocks, 1, tl.where(block < init_blocks, 2, 0)).to(tl.int64)
+    order = tl.where(forced > 0, 0, order)
     return tl.where(seen, (forced << 56) | (order << 24) | (ID_MASK - block), NONE)
 
 

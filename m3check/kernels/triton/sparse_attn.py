@@ -83,5 +83,5 @@ def sparse_attn(
         v_scale, v_scale.stride(0) if v_scale is not None else 0,
         cu_seqlens_q, seq_lens, prefix_lens, requests, sm_scale * math.log2(math.e),
         gqa, tiles.head_rows(gqa), dim, tiles.attention_keys(dtype), topk, tiles.power_of_two(topk),
-        requests.bit_length(), form, mode, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=2,
+        requests.bit_length(), form, mode, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=tiles.stages(dtype),
     )  # fmt: skip

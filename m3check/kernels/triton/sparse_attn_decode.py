@@ -126,7 +126,7 @@ def sparse_attn_decode(
         v_scale, v_scale.stride(0) if v_scale is not None else 0,
         seq_lens, decode_query_len, sm_scale * math.log2(math.e),
         gqa, tiles.head_rows(gqa), dim, tiles.attention_keys(dtype), topk, tiles.power_of_two(topk), share, parts > 1,
-        form, mode, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=2,
+        form, mode, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=tiles.stages(dtype),
     )  # fmt: skip
     if parts > 1:
         tile = 64 if tiles.interpreted() else 8

@@ -39,7 +39,7 @@ def splits(programs: int, most: int) -> int:
 
 def score_rows(rows: int, dtype: torch.dtype) -> int:
     """(query, head) pairs of one score tile; tl.dot wants 16 at least."""
-    most = 32 if dtype is torch.float32 else 64
+    most = 16 if dtype is torch.float32 and not interpreted() else 64
     return max(16, min(power_of_two(rows), most))
 
 
@@ -60,6 +60,11 @@ def selection(columns: int, rows: int) -> tuple[int, int]:
     cells, widest = (1 << 16, 1 << 13) if interpreted() else (1 << 12, 1 << 10)
     width = max(16, min(power_of_two(columns), widest))
     return max(1, min(power_of_two(rows), cells // width, 64)), width
+
+
+def stages(dtype: torch.dtype) -> int:
+    """Steps in flight; one of fp32, whose tiles would not fit twice."""
+    return 1 if dtype is torch.float32 else 2
 
 
 def head_rows(gqa: int) -> int:
