@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from m3check.config import RunOptions
 
 SCHEMA_VERSION = "1.0"
-ALARMS = 1e-3
-"""False alarms that a whole run may expect from correct kernels; every limit is derived from it."""
 
 
 def cases(tier: str = "ci", ops: Sequence[str] = ()) -> tuple[Case, ...]:
@@ -63,7 +61,6 @@ def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profi
         "device" if found else "interpreted",
         f"cuda:{found[0][0]}" if found else "cpu",
         kernels.Loaded.of({case.op: kernel}),
-        ALARMS,
         unrepaired,
     )
     line = PlanLine(_cases.case_id(case), case.op, kernel.provider, session.evidence)
@@ -95,7 +92,6 @@ def run(options: RunOptions) -> Record:
         "jobs": jobs,
         "tier": options.tier if not options.cases else "",
     }
-    alarms = ALARMS / max(1, len(due))
 
     def make(group: str) -> isolate.Worker:
         command = {
@@ -104,7 +100,6 @@ def run(options: RunOptions) -> Record:
             "evidence": evidence,
             "device": device,
             "offline": options.offline,
-            "alarms": alarms,
         }
         return isolate.Worker(command, worker_environment(evidence))
 

@@ -152,7 +152,7 @@ def _nvidia() -> list[tuple[int, str]]:
 
 
 def _amd() -> list[tuple[int, str]]:
-    found = []
+    found: list[tuple[int, str]] = []
     for node in sorted(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/properties")):
         version = re.search(r"^gfx_target_version (\d+)$", node.read_text(), re.MULTILINE)
         if version and int(version[1]):

@@ -187,7 +187,7 @@ def pack_main_cache(inputs: Inputs, pages: Pages, kv_layout: str, poison: Poison
     layers = POOL_LAYERS if case.layout == "pool" else 1
     if kv_layout == "packed":
         # logical view: page, head, token, channel
-        order = (0, 1, 3, 2, 4) if case.layout == "nhd" else (0, 1, 2, 3, 4)
+        order: tuple[int, ...] = (0, 1, 3, 2, 4) if case.layout == "nhd" else (0, 1, 2, 3, 4)
         shape = [pages.count, layers, heads, BLOCK, 2 * dim]
     else:
         # logical view: page, k or v, token, head, channel

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from m3check import arch as arches
 from m3check import cases, kernels
@@ -84,7 +84,6 @@ class Session:
     evidence: Evidence
     device: str
     loaded: Any  # kernels.Loaded
-    alarms: float = 1e-3
     unrepaired: Sequence[str] = ()
     """Why results of this process cannot be trusted, e.g. an interpreter repair that could not be installed."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -155,14 +154,14 @@ def _judge(case: Case, kernel: Kernel, session: Session) -> list[Finding]:
         evidence=session.evidence,
         dot=dot,
         pv=pv,
-        alarms=session.alarms,
-        filled=True,
     )
     scaled = inputs.k_scale is not None
-    rules = ("rounded", "folded") if kernel.profile.dequantise == "either" and scaled else (kernel.profile.dequantise,)
+    rules: tuple[Literal["rounded", "folded"], ...] = ("rounded", "folded") if scaled else ("rounded",)
+    if kernel.profile.dequantise != "either":
+        rules = (kernel.profile.dequantise,)
     best: list[Finding] | None = None
     for rule in rules:
-        problem = reference.dequantised(inputs, "rounded" if rule == "either" else rule)
+        problem = reference.dequantised(inputs, rule)
 
         def attend(ids: torch.Tensor, problem: Any = problem) -> Any:
             op = "sparse_attn" if OPS[case.op].phase == "prefill" else "sparse_attn_decode"

@@ -55,7 +55,7 @@ class Service:
                 if repair.needed and not repair.installed:
                     unrepaired.append(f"the interpreter's {repair.name} could not be repaired: {repair.detail}")
         loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
-        self.session = runner.Session(arch, evidence, device, loaded, command["alarms"], unrepaired)
+        self.session = runner.Session(arch, evidence, device, loaded, unrepaired)
         return {
             "description": loaded.description,
             "warnings": list(loaded.warnings),
