@@ -81,7 +81,7 @@ def guarded(
     name: str, shape: Sequence[int], value: float, dtype: torch.dtype, device: torch.device | str, *, strided: bool = False
 ) -> Guard:
     """A watched buffer prefilled with `value`; `strided` leaves foreign cells after each innermost row as well."""
-    *outer, inner = shape
+    *outer, inner = map(int, shape)
     width = inner + 16 if strided else inner
     count = width
     for n in outer:
