@@ -155,7 +155,7 @@ def select(case: Case, score: Tensor) -> Tensor:
             n, row = r.visible_blocks(i), r.query_start + i
             count = min(case.topk, n)
             ranked = marked[:, row, :n].nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-            ids[:, row, :count] = ranked.argsort(-1, descending=True, stable=True)[:, :count].int()
+            ids[:, row, :count] = ranked.argsort(dim=-1, descending=True, stable=True)[:, :count].int()
     return ids
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from m3check.arch import Accumulator
 from m3check.checks.bounds import EXP2_ERROR, FORMATS, LN2, LOG2E, U32, DotError, dot_error, half_ulp
 from m3check.checks.setting import Setting
+from m3check.checks.view import chunks
 from m3check.types import BLOCK
 
 SUBTILE = 32
@@ -22,6 +23,9 @@ SUBTILE = 32
 
 CELLS = 16
 """Logits this fraction of a rounding cell apart are taken to round alike."""
+
+HEAVY = 32
+"""Bins of a row whose sums are worked out exactly, the heaviest ones."""
 
 SCATTERED = 2.0
 """Up to this much coherence the roundings of p are treated as independent, their variance multiplied by it."""
@@ -51,7 +55,7 @@ class Noise:
     block_sum: Tensor  # [P, G, S, D] Σ ŵ v of each listed block
     bias: Tensor  # one-signed errors, worst case
     token_variance: Tensor  # [P, G, n] of the relative error of each weight
-    bin: Tensor  # [P, G, n] int64: tokens of one bin round alike
+    bin: Tensor  # [P, G, n] int32: tokens of one bin round alike
     from_tokens: Tensor  # variance through the weights
     own: Tensor  # variance of what is independent between channels, the final rounding apart
     most: Tensor  # what all random terms can do at most
@@ -80,7 +84,7 @@ def noise(
     u = _weight_rounding(dtype, setting.pv)
     weight_bias, weight_deviation, weight_most = _weight_errors(sums, logit, m, sm_scale)
 
-    v, v2 = pairs.v, pairs.v.square()
+    v = pairs.v
     o = weight @ v
     tilt = (weight * logit) @ v - o * (weight * logit).sum(-1, keepdim=True)
     size = weight @ v.abs()
@@ -92,9 +96,8 @@ def noise(
 
     # independent errors of the weights, each shared by all channels of its token
     token_variance = u**2 / 3 + weight_deviation.square()
-    bin_, coherence = _bins(logit, weight, u)
-    from_tokens = _through_weights(token_variance * weight.square(), v, v2, o)
-    from_tokens = _cohere(from_tokens, coherence, bin_, token_variance.sqrt() * weight, v, o)
+    bin_ = _bins(logit, u)
+    from_tokens = _through_weights(token_variance.sqrt() * weight, bin_, weight, v, o)
     random = weight * (u + weight_most)
     most = random @ v.abs() + o.abs() * random.sum(-1, keepdim=True)
 
@@ -149,52 +152,59 @@ def _largest_block(weight: Tensor, v: Tensor) -> Tensor:
     return sizes.amax(1)
 
 
-def _through_weights(variance: Tensor, v: Tensor, v2: Tensor, o: Tensor) -> Tensor:
-    """Σ c v² or, where the rounded weights are also the ones that are summed, Σ c (v - o)²: the larger of both."""
-    second, first, zeroth = variance @ v2, variance @ v, variance.sum(-1, keepdim=True)
-    return second + (o.square() * zeroth - 2 * o * first).clamp(min=0)
-
-
-def _bins(logit: Tensor, weight: Tensor, u: float) -> tuple[Tensor, Tensor]:
-    """Which tokens round alike, as hashed bins of equal logits [P, G, n], and how much that adds to Σ ŵ²: [P, G]."""
-    width = max(u / CELLS * 2, 2.0**-20)
+def _bins(logit: Tensor, u: float) -> Tensor:
+    """The rounding cell of each logit, int32: tokens of one bin round alike."""
+    width = max(2 * u / CELLS, 2.0**-20)
     # The offset keeps exact ties off the edges, where noise of the last bit would part them.
-    bin_ = torch.floor(logit / width + 0.381966).long()
-    slots = 4 * logit.shape[-1] + 1
-    hashed = (bin_ * 2654435761) % slots
-    table = weight.new_zeros(*weight.shape[:-1], slots).scatter_add_(-1, hashed, weight)
-    squares = weight.square().sum(-1).clamp(min=1e-30)
-    return hashed, table.square().sum(-1) / squares
+    return torch.floor(logit / width + 0.381966).clamp(-(2**31), 2**31 - 128).int()
 
 
-def _cohere(variance: Tensor, coherence: Tensor, bin_: Tensor, scaled: Tensor, v: Tensor, o: Tensor) -> Tensor:
-    """Variance where tokens of equal logit err together: exact for rows with many of them, a factor for the others."""
-    variance = variance * coherence.clamp(1, SCATTERED)[..., None]
-    many = (coherence > SCATTERED).nonzero()
-    step = max(1, 2**22 // (v.shape[-1] * v.shape[-2]))
-    for part in many.split(step):
-        p, g = part[:, 0], part[:, 1]
-        order = bin_[p, g].argsort(-1)
-        ordered = bin_[p, g].gather(-1, order)
-        terms = scaled[p, g].gather(-1, order)[..., None] * v[p[:, None], order]  # [r, n, D]
-        last = torch.ones_like(ordered, dtype=torch.bool)
-        last[:, :-1] = ordered[:, 1:] != ordered[:, :-1]
-        plain = _group_squares(terms, last)
-        shifted = _group_squares(terms - scaled[p, g].gather(-1, order)[..., None] * o[p, g][:, None], last)
-        variance[p, g] = torch.maximum(plain, shifted)
+def _coherence(bin_: Tensor, weight: Tensor) -> Tensor:
+    """Σ over bins of (Σ ŵ)², in units of Σ ŵ²: [P, G]; a hash table's collisions make it a little larger."""
+    slots = 1 << (4 * bin_.shape[-1]).bit_length()
+    hashed = (bin_ * 1640531527 >> 8) & (slots - 1)
+    table = weight.new_zeros(*weight.shape[:-1], slots).scatter_add_(-1, hashed.long(), weight)
+    return table.square().sum(-1) / weight.square().sum(-1).clamp(min=1e-30)
+
+
+def ranks(bin_: Tensor) -> Tensor:
+    """Bins [..., n] renumbered 0, 1, 2 … within each row, int64."""
+    ordered, order = bin_.sort(dim=-1)
+    step = torch.zeros_like(order)
+    step[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).cumsum(-1)
+    return torch.empty_like(order).scatter_(-1, order, step)
+
+
+def _through_weights(scaled: Tensor, bin_: Tensor, weight: Tensor, v: Tensor, o: Tensor) -> Tensor:
+    """Variance of Σ ε_j c_j v_j for c = `scaled` [P, G, n], tokens of one bin erring together.
+
+    Where the rounded weights are also the ones that are summed, v - o takes the place of v: the larger of both counts.
+    In rows with few coherent tokens a factor stands for them; in the others the heaviest bins are summed one by one.
+    """
+    coherence = _coherence(bin_, weight)
+    variance = _spread(scaled.square(), v, o) * coherence.clamp(1, SCATTERED)[..., None]
+    many = (coherence > SCATTERED).any(-1).nonzero().flatten()
+    for part in chunks(len(many), max(1, 2**25 // (HEAVY * bin_.shape[1] * bin_.shape[2]))):
+        pair = many[part]
+        rank, mass = ranks(bin_[pair]), weight[pair]
+        table = torch.zeros_like(mass).scatter_add_(-1, rank, mass)
+        heavy, place = table.topk(min(HEAVY, table.shape[-1]), dim=-1)  # [p, G, M]
+        member = rank[:, :, None] == place[..., None]  # [p, G, M, n]
+        terms = member * scaled[pair][:, :, None]
+        sums = (terms.flatten(1, 2) @ v[pair]).unflatten(1, heavy.shape[1:])  # [p, G, M, D]
+        shifted = sums - terms.sum(-1, keepdim=True) * o[pair][:, :, None]
+        rest = ~member.any(2)
+        left = table.square().sum(-1) - heavy.square().sum(-1)
+        factor = left / (mass.square() * rest).sum(-1).clamp(min=1e-30)
+        light = _spread((scaled[pair] * rest).square(), v[pair], o[pair]) * factor.clamp(min=1)[..., None]
+        variance[pair] = torch.maximum(sums.square().sum(2), shifted.square().sum(2)) + light
     return variance
 
 
-def _group_squares(terms: Tensor, last: Tensor) -> Tensor:
-    """Σ over groups of (Σ of the group)², groups ending where `last`; terms [r, n, D]."""
-    total = terms.cumsum(1)
-    ends = total.where(last[..., None], 0)
-    # the running total at the previous group's end
-    index = torch.arange(last.shape[-1], device=last.device)
-    previous = torch.where(last, index, -1).cummax(-1).values.roll(1, -1)
-    previous[:, 0] = -1
-    before = ends.gather(1, previous.clamp(min=0)[..., None].expand_as(ends)).masked_fill((previous < 0)[..., None], 0)
-    return ((total - before) * last[..., None]).square().sum(1)
+def _spread(squares: Tensor, v: Tensor, o: Tensor) -> Tensor:
+    """The larger of Σ c² v² and Σ c² (v - o)²: [P, G, D] from c² [P, G, n]."""
+    second, first, zeroth = squares @ v.square(), squares @ v, squares.sum(-1, keepdim=True)
+    return second + (o.square() * zeroth - 2 * o * first).clamp(min=0)
 
 
 def _summing(how: Accumulator, terms: Tensor, partial: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3check.checks.noise import Noise, Pairs
+from m3check.checks.noise import Noise, Pairs, ranks
 
 TINY = 1e-30
 """σ² (of a channel whose largest |v| is 1) below which a channel is left to the element test."""
@@ -34,9 +34,8 @@ class Residue:
 
 
 def grouped(values: Tensor, bin_: Tensor) -> Tensor:
-    """Sums of [..., n] over tokens of one bin: [..., slots]."""
-    slots = 4 * values.shape[-1] + 1
-    return values.new_zeros(*values.shape[:-1], slots).scatter_add_(-1, bin_, values)
+    """Sums of [..., n] over tokens of one bin: [..., n], most of them 0."""
+    return torch.zeros_like(values).scatter_add_(-1, ranks(bin_), values)
 
 
 def projected_limit(
@@ -96,10 +95,8 @@ def _quadratic_limit(
     scale = (model.token_variance[pair, head].sqrt() * model.weight[pair, head])[..., None]  # [c, n, 1]
     v = pairs.v[pair] - model.o[pair, head][:, None] if shift else pairs.v[pair]
     terms = scale * v * residue.precision[pair, head].sqrt()[:, None]
-    bin_ = model.bin[pair, head]
-    slots = 4 * bin_.shape[-1] + 1
-    sums = terms.new_zeros(len(pair), slots, terms.shape[-1])
-    sums.scatter_add_(1, bin_[..., None].expand_as(terms), terms)
+    rank = ranks(model.bin[pair, head])
+    sums = torch.zeros_like(terms).scatter_add_(1, rank[..., None].expand_as(terms), terms)
     own = (model.own + model.half.square() / 3)[pair, head] * residue.precision[pair, head]
     spread = sums.mT @ sums + torch.diag_embed(own)  # [c, D, D]
     trace = spread.diagonal(dim1=-2, dim2=-1).sum(-1)
