@@ -297,6 +297,17 @@ def test_a_chain_attends_what_it_selects(op):
     assert plain.tolist() == [[[1, 9, 0]]]
 
 
+@pytest.mark.parametrize("op", ["prefill", "decode"])
+def test_each_head_of_a_chain_attends_its_own_selection(op):
+    case = Case(op=op, query_lens=(1,), kv_lens=(300,), kv_heads=2, gqa=1, head_dim=1, topk=1, local_blocks=0)
+    v = torch.arange(300).div(128, rounding_mode="floor").float().reshape(300, 1, 1).expand(300, 2, 1)  # its own block
+    idx_q, zeros = torch.tensor([[[1.0], [-1.0]]]), torch.zeros(300, 2, 1)
+    idx_k = column(300, {140: 2.0, 260: -3.0})
+    outputs = expected(Inputs(case, 1.0, idx_q=idx_q, idx_k=idx_k, q=torch.zeros(1, 2, 1), k=zeros, v=v))
+    assert outputs["ids"].tolist() == [[[1]], [[2]]]
+    assert outputs["out"].flatten().tolist() == pytest.approx([1.0, 2.0], rel=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_outputs_have_the_dtype_asked_for(dtype):
     case = Case(op="decode", query_lens=(2,), kv_lens=(5,), kv_heads=1, gqa=2, head_dim=4, topk=2)
