@@ -70,7 +70,7 @@ def green() -> Record:
             case="sparse_attn/q=5,kv=2304,fill=ties",
             findings=(finding(measured=0.1), finding("row", measured=0.01, limit=0.02)),
         ),
-        result(op="index_topk", findings=(finding("selection", measured=0.0, limit=0.0),)),
+        result(op="index_topk", findings=(finding("selection", measured=None, limit=None),)),
         result(**vllm, findings=(finding(measured=0.5), note)),
         result(**vllm, case="sparse_attn/q=9,kv=2304", findings=(finding(measured=0.4), note)),
         result(Status.SKIPPED, **vllm, op="index_topk", reason="vllm 0.33.0 takes 16 ids only | not 24"),

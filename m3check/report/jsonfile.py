@@ -1,34 +1,35 @@
 """report.json: records written, read and described by a schema.
 
 JSON has no numbers for NaN and the infinities, so `measured` and `limit` hold the strings "nan", "inf" and "-inf" there;
-the reader turns them back. Figures are written with seven significant digits. Keys that a reader does not know are
-ignored, so a later minor version may add some.
+the reader turns them back. To keep thousands of results under four megabytes, figures have six significant digits; axes
+that few cases move stand only where they are moved; a finding that passed goes without its place, without an empty hint,
+and without figures where an exact check measured 0. Every other finding has all of its fields. Keys that a reader does
+not know are ignored, so a later minor version may add some.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from m3check.types import DTYPES, M3CheckError, Record, Result
+from m3check.types import DTYPES, Case, M3CheckError, Record, Result, Status
 
 SCHEMA_VERSION = "1.0"
 
 NAME = "report.json"
 NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-DIGITS = 7
+DIGITS = 6
 
 
 def dumps(record: Record) -> str:
     """A record as JSON text, one result a line, so that `grep` and `diff` work on it."""
-    import msgspec
-
-    head = _plain(msgspec.to_builtins(record))
-    results = head.pop("results")
-    lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in head.items()]
-    body = ",\n".join(_compact(result) for result in results)
+    lines = [
+        f"{json.dumps(name)}: {_compact(_plain(value))}" for name, value in _fields(record).items() if name != "results"
+    ]
+    body = ",\n".join(_compact(_plain(_lean(result))) for result in record.results)
     lines.append('"results": [' + (f"\n{body}\n" if body else "") + "]")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -66,9 +67,7 @@ def read(path: Path | str) -> Record:
 
 def dump_result(result: Result) -> str:
     """One result as one line of a journal, without the line's end."""
-    import msgspec
-
-    return _compact(_plain(msgspec.to_builtins(result)))
+    return _compact(_plain(result))
 
 
 def load_result(line: str | bytes) -> Result:
@@ -78,7 +77,7 @@ def load_result(line: str | bytes) -> Result:
     data = json.loads(line)
     if not isinstance(data, dict):
         raise ValueError(f"not a result: {line!r}")
-    return msgspec.convert(_revive_findings(data), Result)
+    return msgspec.convert(_revive(data), Result)
 
 
 def schema() -> dict[str, Any]:
@@ -97,6 +96,13 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"m3check record {SCHEMA_VERSION}", **made}
 
 
+_USUAL = {
+    field.name: field.default
+    for field in fields(Case)
+    if field.name in {"dtype", "index_cache_dtype", "scales", "layout", "ids", "seed"}
+}
+_MOVED = object()
+
 _COUNT = {"type": "integer", "minimum": 0}
 _DTYPE = {"enum": list(DTYPES)}
 _AXES: dict[str, Any] = {
@@ -107,12 +113,17 @@ _AXES: dict[str, Any] = {
     "gqa": _COUNT,
     "kv_heads": _COUNT,
     "head_dim": _COUNT,
-    "dtype": _DTYPE,
+    "dtype": {**_DTYPE, "default": "bf16"},
     "cache_dtype": _DTYPE,
-    "index_cache_dtype": _DTYPE,
+    "index_cache_dtype": {**_DTYPE, "default": "bf16"},
     "init_blocks": _COUNT,
     "local_blocks": _COUNT,
     "fill": {"type": "string"},
+    "scales": {"enum": ["none", "scalar", "token"], "default": "none"},
+    "layout": {"type": "string", "default": "hnd"},
+    "ids": {"type": "string", "default": "full"},
+    "max_query_len": {**_COUNT, "description": "left out where it is query_len"},
+    "seed": {**_COUNT, "default": 0},
 }
 
 _WORDS = {
@@ -132,7 +143,7 @@ _WORDS = {
         "provider": "who made the kernel, with the version",
         "kernel": "the implementation's own name",
         "evidence": "device: ran on that arch; interpreted: on a CPU; compiled: cross-compiled, nothing computed",
-        "axes": "the case in figures",
+        "axes": "the case in figures; what has a default is left out where it has that value",
         "status": "what became of it",
         "reason": "a sentence where it was skipped, raised, crashed or took too long",
         "findings": "the judgements of the checks",
@@ -143,8 +154,8 @@ _WORDS = {
         "check": "which check",
         "status": "its judgement; noted: breaks the contract where the provider promises nothing",
         "measured": 'what was found, in the unit of `limit`; "nan", "inf" and "-inf" where it is no number',
-        "limit": "the largest that correct arithmetic can explain; 0 or null where the check is exact",
-        "where": "the place, in tokens, heads and blocks",
+        "limit": "the largest that correct arithmetic can explain; 0, null or left out where the check is exact",
+        "where": "the place, in tokens, heads and blocks; left out where it passed",
         "hint": "what the mistake looks like",
     },
 }
@@ -159,7 +170,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-        return float(f"{value:.{DIGITS}g}")
+        short = float(f"{value:.{DIGITS}g}")
+        return int(short) if short == 0 else short
+    if is_dataclass(value):
+        value = _fields(value)
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -167,14 +181,42 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _fields(value: Any) -> dict[str, Any]:
+    # Not vars(): msgspec leaves a default that the text did not have on the class.
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _lean(result: Result) -> dict[str, Any]:
+    """A result whose passed findings say only what reports read of them."""
+    findings = []
+    for finding in result.findings:
+        told = _fields(finding)
+        if finding.status is Status.PASSED:
+            del told["where"]
+            if not finding.hint:
+                del told["hint"]
+            if not finding.measured and not finding.limit:
+                del told["measured"], told["limit"]
+        findings.append(told)
+    axes = {name: value for name, value in result.axes.items() if value != _usual(result.axes).get(name, _MOVED)}
+    return {**_fields(result), "axes": axes, "findings": findings}
+
+
+def _usual(axes: dict[str, Any]) -> dict[str, Any]:
+    """The values of axes that are left out of the text."""
+    return {**_USUAL, "max_query_len": axes["query_len"]} if "query_len" in axes else {}
+
+
 def _revived(data: dict[str, Any]) -> dict[str, Any]:
     results = data.get("results")
     if isinstance(results, list):
-        data["results"] = [_revive_findings(r) if isinstance(r, dict) else r for r in results]
+        data["results"] = [_revive(r) if isinstance(r, dict) else r for r in results]
     return data
 
 
-def _revive_findings(result: dict[str, Any]) -> dict[str, Any]:
+def _revive(result: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(axes := result.get("axes"), dict):
+        result["axes"] = {**axes, **{name: value for name, value in _usual(axes).items() if name not in axes}}
     findings = result.get("findings")
     for finding in findings if isinstance(findings, list) else ():
         for field in ("measured", "limit"):
