@@ -24,10 +24,10 @@ def index_decode_select_kernel(
 ):  # fmt: skip
     """Grid: tiles of (query, head) pairs × parts of the blocks."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token = row // H
-    live = token < tokens
+    live = row < tokens * H
+    token = tl.minimum(row // H, tokens - 1)
     request = token // query_len
-    seen = tl.load(seq_lens + request, mask=live, other=0) - query_len + (token - request * query_len) + 1
+    seen = tl.load(seq_lens + request) - query_len + (token - request * query_len) + 1
     visible = tl.minimum((tl.maximum(seen, 0) + 127) // 128, columns)
     select_tile(
         row, token, row % H, live, visible, score, stride_st, stride_sh, stride_sk,

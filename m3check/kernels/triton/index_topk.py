@@ -25,11 +25,10 @@ def index_topk_kernel(
     """Grid: tiles of (query, head) pairs × parts of the blocks."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     token = row // H
-    request = request_of(token, cu_seqlens_q, requests, STEPS)
-    live = (token < tokens) & (request < requests)
-    position = (
-        tl.load(prefix_lens + request, mask=live, other=0) + token - tl.load(cu_seqlens_q + request, mask=live, other=0)
-    )
+    found = request_of(token, cu_seqlens_q, requests, STEPS)
+    live = (token < tokens) & (found < requests)
+    request = tl.minimum(found, requests - 1)
+    position = tl.load(prefix_lens + request) + token - tl.load(cu_seqlens_q + request)
     visible = tl.minimum((position + 128) // 128, columns)
     select_tile(
         row, token, row % H, live, visible, score, stride_st, stride_sh, stride_sk,
@@ -57,6 +56,8 @@ def index_topk(
         out = torch.empty(heads, tokens, topk, dtype=torch.int32, device=score.device)
     out = out[:, :tokens]
     requests = prefix_lens.shape[0]
+    if requests == 0:
+        return out
     arguments = (cu_seqlens_q, prefix_lens, requests, init_blocks, local_blocks)
     launch(index_topk_kernel, score, out, topk, arguments, STEPS=requests.bit_length())
     return out
