@@ -11,7 +11,7 @@ import pytest
 
 from m3check import cases, kernels
 from m3check.arch import ARCHS
-from m3check.kernels import contract, reading, wheels
+from m3check.kernels import contract, reading, wheelfile, wheels
 from m3check.kernels.standin import World
 from m3check.types import OPS, Case, M3CheckError
 
@@ -86,7 +86,7 @@ def test_a_path_without_the_kernels_says_what_is_wanted(tmp_path):
 def test_a_published_version_is_loaded_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("M3CHECK_CACHE", str(tmp_path))
     path = fake_vllm.wheel(tmp_path / "index", "0.99.0", fake_vllm.files(mark=5.0))
-    monkeypatch.setattr(wheels, "_fetch", lambda _version, target, _warnings: wheels._extract_wheel(path, target))
+    monkeypatch.setattr(wheels, "_fetch", lambda _version, target, _warnings: wheelfile.extract_wheel(path, target))
     warnings = kernels.prepare(kernels.parse_spec("vllm==0.99.0"))
     loaded = load("vllm==0.99.0")
     assert mark(loaded) == 5.0

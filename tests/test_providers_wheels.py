@@ -14,12 +14,13 @@ from functools import partial
 import fake_vllm
 import pytest
 
-from m3check.kernels import wheels
+from m3check.kernels import pip as pip_module
+from m3check.kernels import wheelfile, wheels
 from m3check.types import M3CheckError
 
 VERSION = "0.99.0"
 TREE = "vllm/models/minimax_m3/"
-ADDRESS = wheels._address
+ADDRESS = pip_module.address
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +33,14 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(wheels, "_address", lambda version: (folder / fake_vllm.wheel_name(version)).as_uri())
+    monkeypatch.setattr(pip_module, "address", lambda version: (folder / fake_vllm.wheel_name(version)).as_uri())
     return folder
 
 
 @pytest.fixture
 def pip(index, monkeypatch):
     """The real pip resolves, which takes a second or two; elsewhere its answer is taken for granted."""
-    monkeypatch.setattr(wheels, "_address", ADDRESS)
+    monkeypatch.setattr(pip_module, "address", ADDRESS)
 
 
 def known(contents):
@@ -66,7 +67,7 @@ def test_only_the_kernel_files_are_taken_and_checked(index, pip):
 def test_a_version_without_shipped_hashes_is_said_and_one_with_them_is_not(index, monkeypatch):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
     assert "RECORD only" in wheels.published(VERSION).warnings[0]
-    monkeypatch.setattr(wheels, "known_versions", lambda: {VERSION: known(fake_vllm.files())})
+    monkeypatch.setattr(wheelfile, "known_versions", lambda: {VERSION: known(fake_vllm.files())})
     assert wheels.published(VERSION).warnings == ()
 
 
@@ -103,7 +104,7 @@ def test_a_member_that_is_not_what_record_says_is_refused_and_not_cached(index):
 
 def test_a_known_version_with_other_files_is_refused_even_when_record_agrees(index, monkeypatch):
     fake_vllm.wheel(index, VERSION, fake_vllm.files(mark=2.0))
-    monkeypatch.setattr(wheels, "known_versions", lambda: {VERSION: known(fake_vllm.files(mark=1.0))})
+    monkeypatch.setattr(wheelfile, "known_versions", lambda: {VERSION: known(fake_vllm.files(mark=1.0))})
     with pytest.raises(M3CheckError, match=r"not the file that vllm 0\.99\.0 was published with"):
         wheels.published(VERSION)
     assert list(wheels.cache_folder().iterdir()) == []
@@ -136,7 +137,7 @@ def test_a_wheel_without_record_is_refused(index):
 
 
 def test_a_huge_member_is_refused(index):
-    fake_vllm.wheel(index, VERSION, {**fake_vllm.files(), TREE + "big.py": "#" * (wheels.LARGEST_FILE + 1)})
+    fake_vllm.wheel(index, VERSION, {**fake_vllm.files(), TREE + "big.py": "#" * (wheelfile.LARGEST_FILE + 1)})
     with pytest.raises(M3CheckError, match=r"big\.py claims \d+ bytes"):
         wheels.published(VERSION)
 
@@ -213,7 +214,7 @@ def test_two_at_once_leave_one_whole_copy(index, monkeypatch):
     together = threading.Barrier(2, timeout=20)
 
     def fetch(_version, target, _warnings):
-        wheels._extract_wheel(path, target)
+        wheelfile.extract_wheel(path, target)
         together.wait()
 
     monkeypatch.setattr(wheels, "_fetch", fetch)
@@ -228,7 +229,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing(index, monkeypatch):
     path = fake_vllm.wheel(index, VERSION, fake_vllm.files())
 
     def fetch(_version, target, _warnings):
-        wheels._extract_wheel(path, target)
+        wheelfile.extract_wheel(path, target)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wheels, "_fetch", fetch)
@@ -239,7 +240,7 @@ def test_a_fetch_that_breaks_off_leaves_nothing(index, monkeypatch):
 
 def test_a_users_wheel_may_differ_from_the_published_one_and_says_so(tmp_path, monkeypatch):
     path = fake_vllm.wheel(tmp_path / "mine", VERSION, fake_vllm.files(mark=2.0))
-    monkeypatch.setattr(wheels, "known_versions", lambda: {VERSION: known(fake_vllm.files(mark=1.0))})
+    monkeypatch.setattr(wheelfile, "known_versions", lambda: {VERSION: known(fake_vllm.files(mark=1.0))})
     files = wheels.unpacked(path)
     assert "is not the published vllm 0.99.0: 1 kernel file(s) differ" in files.warnings[0]
     assert wheels.unpacked(path).folder == files.folder
@@ -304,12 +305,12 @@ def test_a_wheel_is_read_in_parts_where_the_server_can_and_whole_where_it_cannot
 
 
 def test_the_shipped_hashes_are_of_the_published_versions():
-    versions = wheels.known_versions()
+    versions = wheelfile.known_versions()
     assert list(versions) == ["0.24.0", "0.25.0", "0.25.1", "0.26.0", "0.27.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0",
                               "0.31.0", "0.32.0", "0.33.0"]  # fmt: skip
     for hashes in versions.values():
         assert {f"{fake_vllm.OPS}/{name}.py" for name in ("index_topk", "sparse_attn")} <= set(hashes)
-        assert all(path.startswith(wheels.WANTED) and len(digest) == 64 for path, digest in hashes.items())
+        assert all(path.startswith(wheelfile.WANTED) and len(digest) == 64 for path, digest in hashes.items())
 
 
 @pytest.mark.network
@@ -317,6 +318,6 @@ def test_the_published_0_33_0_is_what_m3check_ships_hashes_of(pip, monkeypatch):
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
         monkeypatch.delenv(name)
     files = wheels.published("0.33.0")
-    assert dict(files.hashes) == wheels.known_versions()["0.33.0"]
+    assert dict(files.hashes) == wheelfile.known_versions()["0.33.0"]
     assert files.warnings == ()
     assert wheels.published("0.33.0", offline=True).hashes == files.hashes

@@ -95,7 +95,7 @@ def with_chains(kernels: Mapping[str, Kernel], missing: Mapping[str, str]) -> tu
             id_order=select.profile.id_order,
             tie_rule=select.profile.tie_rule,
             forcing=select.profile.forcing,
-            nonfinite_scores=select.profile.nonfinite_scores,
+            odd_scores=select.profile.odd_scores,
         )
         name = " + ".join(part.name for part in parts.values())
         all_kernels[op.name] = Kernel(attend.provider, op.name, name, profile, _by_parts, parts)

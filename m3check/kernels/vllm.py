@@ -7,23 +7,20 @@ read from its source (`reading`). Facts: the vLLM wheels 0.24.0 to 0.33.0.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
-import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.arch import Arch
-from m3check.kernels import reading, wheels
+from m3check.kernels import reading
 from m3check.kernels.contract import SIGNATURES
+from m3check.kernels.locate import TREE, Source, locate
 from m3check.kernels.provider import Loaded, Spec, cannot_compile, with_chains
 from m3check.kernels.reading import PREFIX, Reading
 from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, Profile
-
-TREE = "vllm/models/minimax_m3"
 
 FILES: Mapping[str, str] = {  # op: the file that defines it, in common/ops and amd/ops alike
     "index_score": "index_topk",
@@ -44,17 +41,6 @@ ID_LISTS: Mapping[str, frozenset[str]] = {  # which id lists attention bears, by
     "bounded": frozenset({"full", "ascending", "short", "future"}),
 }
 """No version promises `holes`: the best of them read min(topk, visible) slots, and a hole may push an id behind those."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Kernel files on disk."""
-
-    folder: Path
-    """Holds `vllm/…`."""
-    version: str
-    origin: str
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,61 +125,6 @@ def _dependent_launch_runs() -> bool:
     return True
 
 
-# Where the files are.
-
-
-def locate(spec: Spec, offline: bool) -> Source:
-    """The kernel files that a spec names."""
-    if spec.version:
-        files = wheels.published(spec.version, offline)
-        return Source(files.folder, files.version, "published wheel", files.warnings)
-    if spec.path:
-        return _at(Path(spec.path))
-    return _installed()
-
-
-def _installed() -> Source:
-    found = importlib.util.find_spec("vllm")
-    folders = list(found.submodule_search_locations or []) if found else []
-    for folder in folders:
-        if Path(folder).joinpath(*TREE.split("/")[1:]).is_dir():
-            return Source(Path(folder).parent, importlib.metadata.version("vllm"), "installed")
-    if folders:
-        version = importlib.metadata.version("vllm")
-        raise M3CheckError(f"the installed vllm {version} has no MiniMax-M3 kernels ({TREE}); they came with 0.24.0")
-    raise M3CheckError(
-        "vllm is not installed here; name a published version (vllm==0.33.0) or a checkout, site-packages folder or wheel "
-        "(vllm:PATH)"
-    )
-
-
-def _at(path: Path) -> Source:
-    if path.suffix == ".whl" and path.is_file():
-        files = wheels.unpacked(path)
-        return Source(files.folder, files.version, f"wheel {path.name}", files.warnings)
-    for folder in (path, path.parent if path.name == "vllm" else path):
-        if (folder / TREE).is_dir():
-            return Source(folder, _version_beside(folder), str(path))
-    wanted = "a checkout, a site-packages folder, a folder that holds vllm/, or a .whl file"
-    if not path.exists():
-        raise M3CheckError(f"vllm:PATH: there is nothing at {path}; wanted {wanted}")
-    raise M3CheckError(f"vllm:PATH: {path} has no {TREE}; wanted {wanted}")
-
-
-def _version_beside(folder: Path) -> str:
-    """The version of a folder that holds vllm/, from its dist-info or from the file that its build wrote."""
-    infos = sorted(p.name for p in folder.glob("vllm-*.dist-info"))
-    if infos:
-        return infos[-1].removeprefix("vllm-").removesuffix(".dist-info")
-    try:
-        match = re.search(
-            r"""^(?:__version__|version)\b[^'"]*['"]([^'"]+)""", (folder / "vllm/_version.py").read_text(), re.M
-        )
-    except OSError:
-        match = None
-    return match[1] if match else "unknown"
-
-
 # What production runs.
 
 
@@ -232,7 +163,7 @@ def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
         tie_rule="smaller_id" if selector else "any",
         dead_rows="nan",
         id_lists=ID_LISTS[found.id_rule],
-        nonfinite_scores=selector,
+        odd_scores=selector,
         normaliser="lse",
         dequantise="rounded",
         partials="query",
