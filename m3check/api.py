@@ -203,7 +203,7 @@ def worker_environment(evidence: str) -> dict[str, str]:
 def default_jobs(evidence: str) -> int:
     """Workers at once: every core when interpreting; a few when they share one GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8) if evidence == "device" else cores
+    return min(cores, 16) if evidence == "device" else cores
 
 
 def _record(results: tuple[Result, ...], facts: dict[str, Any], options: RunOptions, interrupted: bool) -> Record:

@@ -265,8 +265,8 @@ class Profile:
     """Attention output of a row that sees no valid block; the contract wants zero, `nan` and `any` promise nothing."""
     id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future"})
     """Which id lists attention accepts; on others a broken result is `noted`, not `failed`."""
-    nonfinite_scores: bool = True
-    """Whether `index_topk` promises valid ids on rows with NaN or ±inf scores."""
+    odd_scores: bool = True
+    """Whether selection promises what is right on rows with NaN, ±inf, -0 or scores of 1e29 and more."""
     normaliser: Literal["lse", "sum"] = "sum"
     """How the softmax is normalised: exp2(m - lse), or division by the sum."""
     dequantise: Literal["rounded", "folded", "either"] = "either"
@@ -318,6 +318,17 @@ class Result:
     findings: tuple[Finding, ...] = ()
     seconds: float = 0.0
     repro: str = ""
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One thing that a run would do: this case on that provider, by this kind of evidence, or the reason why not."""
+
+    case: str
+    op: str
+    provider: str
+    evidence: Evidence
+    skip: str | None = None
 
 
 @dataclass(frozen=True)

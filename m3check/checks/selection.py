@@ -69,15 +69,18 @@ def check_structure(view: View) -> list[Finding]:
         ("id out of range", (ids >= columns) & head, "past every block of the batch"),
         ("invisible id", head & (ids >= view.rows.visible[:, None]) & (ids < columns), "a block after the query's own"),
     )
-    wrong = [fault.flatten(0, 1).any(-1).any() for _, fault, _ in faults]
-    twice = (lists.times > 1).any(-1)
-    flags = torch.stack([*wrong, twice.any()]).tolist()
-    for (name, fault, meaning), broken in zip(faults, flags[:-1], strict=True):
-        if broken:
-            return [_fault(view, "ids", fault.any(-1), f"{name}: {meaning}")]
-    if flags[-1]:
-        return [_fault(view, "ids", twice, "a block is listed twice; attention would give it double weight")]
-    return [Finding("ids", Status.PASSED, 0.0, 0.0)]
+    rows = [(fault.any(-1), f"{name}: {meaning}") for name, fault, meaning in faults]
+    rows.append(((lists.times > 1).any(-1), "a block is listed twice; attention would give it double weight"))
+    promised = _promised(view, _own_scores(view)[0])
+    flags = torch.stack([torch.stack([(r & promised).any(), (r & ~promised).any()]) for r, _ in rows]).tolist()
+    findings = []
+    for status, column, among, note in ((Status.FAILED, 0, promised, ""), (Status.NOTED, 1, ~promised, UNPROMISED)):
+        found = next(((r, hint) for (r, hint), flag in zip(rows, flags, strict=True) if flag[column]), None)
+        if found is not None:
+            findings.append(_fault(view, "ids", found[0] & among, found[1] + note, status))
+    if not findings or findings[0].status is Status.NOTED:
+        findings.insert(0, Finding("ids", Status.PASSED, 0.0, 0.0))
+    return findings
 
 
 def _fault(view: View, check: str, rows: Tensor, hint: str, status: Status = Status.FAILED, limit: float = 0.0) -> Finding:
@@ -111,11 +114,20 @@ def _ranks(view: View, scores: Tensor) -> Tensor:
     return rank.masked_fill(~visible_cells(view), -math.inf)
 
 
-def _odd_rows(view: View, scores: Tensor) -> Tensor:
-    """Rows [H, T] with NaN, an infinity or a number that outranks forcing among the visible scores that compete."""
+UNPROMISED = ": a row with NaN, infinite, -0 or >= 1e29 scores, where this kernel promises nothing"
+
+
+def _promised(view: View, scores: Tensor) -> Tensor:
+    """Rows [H, T] that the profile promises to select rightly: all, or those whose competing scores are all ordinary.
+
+    NaN, an infinity, a negative zero and a number that outranks forcing are out of the ordinary.
+    """
+    if view.setting.profile.odd_scores:
+        return torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
     _, init, local = forced_blocks(view)
     competing = visible_cells(view) & ~(init | local)
-    return ((~scores.isfinite() | (scores >= LOCAL_SCORE)) & competing).any(-1)
+    odd = ~scores.isfinite() | (scores >= LOCAL_SCORE) | ((scores == 0) & scores.signbit())
+    return ~(odd & competing).any(-1)
 
 
 def check_optimality(view: View) -> list[Finding]:
@@ -130,8 +142,7 @@ def check_optimality(view: View) -> list[Finding]:
     high = (rank - margin).masked_fill(chosen | ~seen, -math.inf).amax(-1)  # the best left out at its worst
     full = chosen.sum(-1) >= lists.count  # a shorter list is the structure check's finding
     wrong = full & (low < high)
-    odd = _odd_rows(view, scores)
-    promised = torch.ones_like(odd) if profile.nonfinite_scores else ~odd
+    promised = _promised(view, scores)
     lost = wrong & (high >= LOCAL)  # a forced block is out
     tied = _wrong_ties(view, rank, chosen) & full if profile.tie_rule == "smaller_id" and beta is None else None
     order = _wrong_order(view, lists, rank, margin) & full if profile.id_order != "any" else None
@@ -149,10 +160,8 @@ def check_optimality(view: View) -> list[Finding]:
         else:
             findings.append(Finding(name, Status.PASSED, 0.0, 0.0))
         if unpromised:
-            note = "rows with NaN, infinite or >= 1e29 scores, where this kernel promises nothing"
-            findings.append(
-                _fault(view, name, group & ~promised, f"{hint or 'a better block was left out'}: {note}", Status.NOTED)
-            )
+            words_ = (hint or "a better block was left out") + UNPROMISED
+            findings.append(_fault(view, name, group & ~promised, words_, Status.NOTED))
     return findings
 
 
