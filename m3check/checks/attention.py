@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from m3check.checks.filters import Match, best_scale, best_token
-from m3check.checks.noise import Noise, Pairs, noise
+from m3check.checks.bounds import whole
+from m3check.checks.filters import EXPLAINED, Match, best_scale, best_token
+from m3check.checks.noise import Pairs, noise
 from m3check.checks.residue import Residue, row_limit
 from m3check.checks.rowkinds import dead_rows, promised_rows, valid_ids
 from m3check.checks.view import View
@@ -84,11 +85,12 @@ def _chunks(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
     assert v is not None
     rows, group, dim = view.rows, view.case.gqa, view.case.head_dim
     pairs, ids, counts = _order(view)
+    integers = whole(q, k)
     budget = 2**31 if view.device.type == "cuda" else 2**26
     start = 0
     while start < len(counts):
         slots = counts[start]
-        size = slots * BLOCK * 4 * (5 * dim + 16 * group) + slots * group * dim * 24
+        size = slots * BLOCK * 4 * (7 * dim + 16 * group) + slots * group * dim * 24
         stop = min(len(counts), start + max(1, budget // size))
         row, head = pairs[start:stop].unbind(-1)
         listed = ids[start:stop, :slots]
@@ -96,15 +98,16 @@ def _chunks(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
         there = (token >= 0) & (token < rows.kv_len[row, None])
         attended = there & (token <= rows.position[row, None])
         source = (rows.kv_start[row, None] + token).where(there, 0)
-        values = v[source, head[:, None]].double().masked_fill(~attended[..., None], 0)
-        unit = values.abs().amax(1, keepdim=True)
+        values = v[source, head[:, None]].float().masked_fill_(~there[..., None], 0)
+        future = there & ~attended  # kept for the filters: their size does not set the unit
+        past = values.masked_fill(~attended[..., None], 0) if future.any() else values
+        unit = past.abs().amax(1, keepdim=True)
         unit = unit.where(unit > 0, 1)
-        future = there & ~attended
-        if future.any():  # kept for the filter: their size does not set the unit
-            values = v[source, head[:, None]].double().masked_fill(~there[..., None], 0)
-        keys = k[source, head[:, None]].float().masked_fill(~there[..., None], 0)
-        grouped = q[row].unflatten(1, (-1, group))[torch.arange(len(row), device=row.device), head]
-        yield row, head, Pairs(grouped.float(), keys, (values / unit).float(), unit, attended, there, token)
+        values = values / unit
+        keys = k[source, head[:, None]].float().masked_fill_(~there[..., None], 0)
+        grouped = q[row].unflatten(1, (-1, group))[torch.arange(len(row), device=row.device), head].float()
+        sizes = values.abs(), values.square()
+        yield row, head, Pairs(grouped, keys, values, *sizes, unit.double(), attended, there, token, integers)
         start = stop
 
 
@@ -161,7 +164,7 @@ def _finding(view: View, check: str, worst: Worst, what: str, hint: str) -> Find
 def check_elements(view: View) -> list[Finding]:
     """Every output element is within bias + λ·sqrt(variance) + half an ulp of the exact result."""
     tests = analyse(view)
-    hint = _looks_like(view, tests.element) if tests.element.over else ""
+    hint = _cause(view, tests) if tests.element.over else ""
     findings = [_finding(view, "element", tests.element, "elements", hint)]
     if tests.unpromised.over:
         worst = tests.unpromised
@@ -169,6 +172,15 @@ def check_elements(view: View) -> list[Finding]:
         place = f"{_head(view, worst)}, channel {worst.channel}"
         findings.append(Finding("element", Status.NOTED, worst.measured, worst.limit, place, note))
     return findings
+
+
+def _cause(view: View, tests: Tests) -> str:
+    """The named defect that explains the error best, or whose right answer the worst row is."""
+    red = [match for match in (tests.token, tests.scale) if match is not None and match.red]
+    best = max(red, key=lambda match: match.share, default=None)
+    if best is not None and best.share > EXPLAINED:
+        return "; " + best.hint(int(view.rows.position[best.row]))
+    return _looks_like(view, tests.element)
 
 
 def check_rows(view: View) -> list[Finding]:
@@ -221,6 +233,3 @@ def _looks_like(view: View, worst: Worst) -> str:
     if queries.min() < 0.05 * wrong:
         return f"; the row holds the result of {view.rows.name(int(queries.argmin()))}"
     return "; the row is zero" if not row.any() else ""
-
-
-__all__ = ["Noise", "analyse", "check_elements", "check_rows", "check_scale", "check_tokens"]

@@ -73,8 +73,11 @@ class DotError:
         return random if self.bias is None else self.bias + random
 
 
-def dot_error(a: Tensor, b: Tensor, how: Accumulator) -> DotError:
-    """Errors of a [..., m, D] times b [..., n, D] transposed, summed as `how` says; a and b in fp32."""
+def dot_error(a: Tensor, b: Tensor, how: Accumulator, whole: bool = False) -> DotError:
+    """Errors of a [..., m, D] times b [..., n, D] transposed, summed as `how` says; a and b in fp32.
+
+    `whole` says that all operands are integers: sums that fit the accumulator are exact then.
+    """
     terms = a.shape[-1]
     a_abs, b_abs = a.abs(), b.abs()
     value = a @ b.mT
@@ -92,7 +95,7 @@ def dot_error(a: Tensor, b: Tensor, how: Accumulator) -> DotError:
     if how.operand_bits is not None:
         converted = 2.0 ** (2 - how.operand_bits) * size  # both operands, cut rather than rounded
         bias = converted if bias is None else bias + converted
-    return DotError(value, bias, deviation, worst) if not _whole(a, b) else _exact(value, size, bias, deviation, worst, how)
+    return _exact(value, size, bias, deviation, worst, how) if whole else DotError(value, bias, deviation, worst)
 
 
 def _truncation(a: Tensor, b: Tensor, how: Accumulator) -> Tensor:
@@ -110,9 +113,9 @@ def _truncation(a: Tensor, b: Tensor, how: Accumulator) -> Tensor:
     return error * (1 + 2.0**-8)
 
 
-def _whole(a: Tensor, b: Tensor) -> bool:
-    """Whether all operands are integers: then sums that fit are exact."""
-    return bool((a.frac() == 0).all() & (b.frac() == 0).all())
+def whole(a: Tensor, b: Tensor) -> bool:
+    """Whether all elements of both are integers."""
+    return bool((a.float().frac() == 0).all() & (b.float().frac() == 0).all())
 
 
 def _exact(

@@ -15,6 +15,12 @@ from m3check.checks.noise import Noise, Pairs
 from m3check.checks.residue import EXAMINED, Residue, projected_limit
 from m3check.types import BLOCK
 
+LOUD = 0.6
+"""Of the limit: below it the simple rule, which ignores the noise's correlations, stands as what was measured."""
+
+EXPLAINED = 0.3
+"""Share of the squared error above which a defect is said to be the cause."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -53,7 +59,7 @@ class Match:
             text = f"like {self.kind} {self.token} {what}"
             if self.kind == "token" and self.token == position:
                 text += ", the query's own (mask off by one?)"
-        if self.share < 0.3:
+        if self.share < EXPLAINED:
             text += f"; that explains {self.share:.0%} of the error only, so the cause may be another"
         return text
 
@@ -77,7 +83,7 @@ def best_token(
     pull = error * precision
     dot = weight * (pull @ v.mT - (pull * o).sum(-1, keepdim=True))
     second, first, zeroth = (
-        precision @ v.square().mT,
+        precision @ pairs.v_square.mT,
         (precision * o) @ v.mT,
         (precision * o.square()).sum(-1, keepdim=True),
     )
@@ -133,23 +139,21 @@ def _search(  # type: ignore[no-untyped-def]
         place = top.indices % z.shape[-1]
         line = top.indices // z.shape[-1]
         pair = line // group_size if single else line
-        take = torch.ones(len(pair), group_size, dtype=torch.bool, device=z.device)
-        if single:
-            take = torch.nn.functional.one_hot(line % group_size, group_size).bool()
-        if top.values[0] <= limit:
+        head = line % group_size if single else None
+        if top.values[0] <= LOUD * limit:
             last = slice(0, 1)
             left, random = top.values[last] * limit, torch.full_like(top.values[last], limit * limit)
         else:
-            bias, random = projected_limit(model, pairs, pair, take, direction(family.kind, pair, place), limit)
+            bias, random = projected_limit(model, pairs, pair, head, direction(family.kind, pair, place), limit)
             left = (dot.flatten()[top.indices].abs() - bias).clamp(min=0)
             last = slice(0, len(pair))
         score = left / random.clamp(min=1e-30) * limit
         index = score.argmax()
         chosen = top.indices[last][index]
         error2 = residue.error.square() * residue.precision  # [P, G, D]
-        energy = (error2[pair[last][index]] * take[last][index][:, None]).sum()
+        energy = error2[pair[last][index]] if head is None else error2[pair[last][index], head[last][index]]
         amount = dot.flatten()[chosen] / size.flatten()[chosen].clamp(min=1e-30)
-        share = dot.flatten()[chosen].square() / (size.flatten()[chosen] * energy).clamp(min=1e-30)
+        share = dot.flatten()[chosen].square() / (size.flatten()[chosen] * energy.sum()).clamp(min=1e-30)
         values = [score[index], amount, share, pair[last][index], place[last][index], line[last][index] % group_size]
         z_, amount_, share_, pair_, place_, head_ = torch.stack([x.double() for x in values]).tolist()
         if best is None or z_ > best.z:

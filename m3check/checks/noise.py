@@ -38,10 +38,13 @@ class Pairs:
     q: Tensor  # [P, G, D] fp32
     k: Tensor  # [P, n, D] fp32
     v: Tensor  # [P, n, D] fp32, divided by `unit`
+    v_abs: Tensor
+    v_square: Tensor
     unit: Tensor  # [P, 1, D] fp64: the largest |v| of each channel
     attended: Tensor  # [P, n] bool
     there: Tensor  # [P, n] bool: tokens that exist, future ones included
     token: Tensor  # [P, n] int64: position in the request
+    whole: bool  # all elements of q and k are integers
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def noise(
     pairs: Pairs, expected: Tensor, dtype: torch.dtype, sm_scale: float, setting: Setting, deviations: float
 ) -> Noise:
     """The model for a chunk; `expected` [P, G, D] fp64 is the reference's output, `dtype` that of queries and outputs."""
-    sums = dot_error(pairs.q, pairs.k, setting.dot)
+    sums = dot_error(pairs.q, pairs.k, setting.dot, pairs.whole)
     logit = sums.value * sm_scale
     attended = pairs.attended[:, None]
     masked = logit.masked_fill(~attended, -math.inf)
@@ -85,21 +88,21 @@ def noise(
     weight_bias, weight_deviation, weight_most = _weight_errors(sums, logit, m, sm_scale)
 
     v = pairs.v
-    o = weight @ v
-    tilt = (weight * logit) @ v - o * (weight * logit).sum(-1, keepdim=True)
-    size = weight @ v.abs()
     blocks = weight.unflatten(-1, (-1, BLOCK)).transpose(1, 2) @ v.unflatten(1, (-1, BLOCK))  # [P, S, G, D]
     block_sum = blocks.transpose(1, 2)
-    block_size = _largest_block(weight, v)
+    o = block_sum.sum(2)
+    tilt = (weight * logit) @ v - o * (weight * logit).sum(-1, keepdim=True)
+    sizes = weight.unflatten(-1, (-1, BLOCK)).transpose(1, 2) @ pairs.v_abs.unflatten(1, (-1, BLOCK))
+    block_size, size = sizes.amax(1), sizes.sum(1)
     positive, negative = block_sum.clamp(min=0).sum(2), -block_sum.clamp(max=0).sum(2)
     partial = torch.maximum(positive, negative) + block_size  # no partial sum over blocks in any order is larger
 
     # independent errors of the weights, each shared by all channels of its token
     token_variance = u**2 / 3 + weight_deviation.square()
     bin_ = _bins(logit, u)
-    from_tokens = _through_weights(token_variance.sqrt() * weight, bin_, weight, v, o)
+    from_tokens = _through_weights(token_variance.sqrt() * weight, bin_, weight, pairs, o)
     random = weight * (u + weight_most)
-    most = random @ v.abs() + o.abs() * random.sum(-1, keepdim=True)
+    most = random @ pairs.v_abs + o.abs() * random.sum(-1, keepdim=True)
 
     tokens = pairs.attended.sum(-1)[:, None, None].float()
     steps = tokens / SUBTILE + 1
@@ -117,10 +120,10 @@ def noise(
     bias = bias + merge * (block_sum - share[..., None] * o[:, :, None]).abs().sum(2)
     if weight_bias is not None:
         leaning = weight * weight_bias
-        bias = bias + leaning @ v.abs() + o.abs() * leaning.sum(-1, keepdim=True)
+        bias = bias + leaning @ pairs.v_abs + o.abs() * leaning.sum(-1, keepdim=True)
     if dtype == torch.float16:
         flushed = torch.minimum(weight, 2.0**-25 * weight.amax(-1, keepdim=True))
-        bias = bias + flushed @ v.abs()
+        bias = bias + flushed @ pairs.v_abs
     if setting.pv.operand_bits is not None:
         bias = bias + 2.0 ** (1 - setting.pv.operand_bits) * size
 
@@ -146,12 +149,6 @@ def _weight_errors(sums: DotError, logit: Tensor, m: Tensor, sm_scale: float) ->
     return bias, deviation, sm_scale * sums.worst + steps
 
 
-def _largest_block(weight: Tensor, v: Tensor) -> Tensor:
-    """Σ ŵ|v| of the block where it is largest: [P, G, D]."""
-    sizes = weight.unflatten(-1, (-1, BLOCK)).transpose(1, 2) @ v.abs().unflatten(1, (-1, BLOCK))
-    return sizes.amax(1)
-
-
 def _bins(logit: Tensor, u: float) -> Tensor:
     """The rounding cell of each logit, int32: tokens of one bin round alike."""
     width = max(2 * u / CELLS, 2.0**-20)
@@ -175,14 +172,15 @@ def ranks(bin_: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, step)
 
 
-def _through_weights(scaled: Tensor, bin_: Tensor, weight: Tensor, v: Tensor, o: Tensor) -> Tensor:
+def _through_weights(scaled: Tensor, bin_: Tensor, weight: Tensor, pairs: Pairs, o: Tensor) -> Tensor:
     """Variance of Σ ε_j c_j v_j for c = `scaled` [P, G, n], tokens of one bin erring together.
 
     Where the rounded weights are also the ones that are summed, v - o takes the place of v: the larger of both counts.
     In rows with few coherent tokens a factor stands for them; in the others the heaviest bins are summed one by one.
     """
     coherence = _coherence(bin_, weight)
-    variance = _spread(scaled.square(), v, o) * coherence.clamp(1, SCATTERED)[..., None]
+    v, v2 = pairs.v, pairs.v_square
+    variance = _spread(scaled.square(), v, v2, o) * coherence.clamp(1, SCATTERED)[..., None]
     many = (coherence > SCATTERED).any(-1).nonzero().flatten()
     for part in chunks(len(many), max(1, 2**25 // (HEAVY * bin_.shape[1] * bin_.shape[2]))):
         pair = many[part]
@@ -196,14 +194,14 @@ def _through_weights(scaled: Tensor, bin_: Tensor, weight: Tensor, v: Tensor, o:
         rest = ~member.any(2)
         left = table.square().sum(-1) - heavy.square().sum(-1)
         factor = left / (mass.square() * rest).sum(-1).clamp(min=1e-30)
-        light = _spread((scaled[pair] * rest).square(), v[pair], o[pair]) * factor.clamp(min=1)[..., None]
+        light = _spread((scaled[pair] * rest).square(), v[pair], v2[pair], o[pair]) * factor.clamp(min=1)[..., None]
         variance[pair] = torch.maximum(sums.square().sum(2), shifted.square().sum(2)) + light
     return variance
 
 
-def _spread(squares: Tensor, v: Tensor, o: Tensor) -> Tensor:
+def _spread(squares: Tensor, v: Tensor, v2: Tensor, o: Tensor) -> Tensor:
     """The larger of Σ c² v² and Σ c² (v - o)²: [P, G, D] from c² [P, G, n]."""
-    second, first, zeroth = squares @ v.square(), squares @ v, squares.sum(-1, keepdim=True)
+    second, first, zeroth = squares @ v2, squares @ v, squares.sum(-1, keepdim=True)
     return second + (o.square() * zeroth - 2 * o * first).clamp(min=0)
 
 

@@ -13,7 +13,7 @@ from m3check.checks.noise import Noise, Pairs, ranks
 TINY = 1e-30
 """σ² (of a channel whose largest |v| is 1) below which a channel is left to the element test."""
 
-EXAMINED = 16
+EXAMINED = 8
 """Suspects of a chunk whose noise is worked out with all its correlations; the worst ones by the simple rule."""
 
 
@@ -33,33 +33,34 @@ class Residue:
         return cls(error.clamp(-limit, limit), torch.where(weighed, 1 / variance.clamp(min=TINY), 0))
 
 
-def grouped(values: Tensor, bin_: Tensor) -> Tensor:
-    """Sums of [..., n] over tokens of one bin: [..., n], most of them 0."""
-    return torch.zeros_like(values).scatter_add_(-1, ranks(bin_), values)
-
-
 def projected_limit(
-    model: Noise, pairs: Pairs, pair: Tensor, heads: Tensor, direction: Tensor, deviations: float
+    model: Noise, pairs: Pairs, pair: Tensor, head: Tensor | None, direction: Tensor, deviations: float
 ) -> tuple[Tensor, Tensor]:
-    """(bias, random) limits [c] of Σ direction · error for candidates: direction [c, G, D], heads [c, G] that take part.
+    """(bias, random) limits [c] of Σ direction · error for candidates: direction [c, G, D], or of one `head` [c] alone.
 
     Every channel of a head shares the rounding of a weight, and tokens of one bin round alike: both are in the variance.
     Heads with the same query err alike as well.
     """
-    direction = direction * heads[..., None]
-    o = model.o[pair]
+
+    def take(x: Tensor) -> Tensor:
+        return x[pair] if head is None else x[pair, head][:, None]
+
+    if head is not None:
+        direction = direction[torch.arange(len(pair), device=pair.device), head][:, None]
     along = direction @ pairs.v[pair].mT  # [c, G, n]
-    scale = model.token_variance[pair].sqrt() * model.weight[pair]
-    shifted = along - (direction * o).sum(-1, keepdim=True)
-    plain, other = (grouped(scale * x, model.bin[pair]) for x in (along, shifted))
+    scale = (take(model.token_variance).sqrt() * take(model.weight)).to(along.dtype)
+    shifted = along - (direction * take(model.o)).sum(-1, keepdim=True)
+    rank = ranks(take(model.bin))
+    plain, other = (torch.zeros_like(x).scatter_add_(-1, rank, scale * x) for x in (along, shifted))
     tokens = torch.maximum(plain.square().sum(-1), other.square().sum(-1)).sum(-1)  # [c]
     most = math.sqrt(3) * torch.maximum(plain.abs().sum(-1), other.abs().sum(-1)).sum(-1)
-    own = (direction.square() * (model.own[pair] + model.half[pair].square() / 3)).sum((-2, -1))
-    q = pairs.q[pair]
-    alike = ((q[:, :, None] == q[:, None]).all(-1) & heads[:, None]).sum(-1).where(heads, 0).amax(-1).clamp(min=1)
-    tokens, own = tokens * alike, own * alike
+    own = (direction.square() * (take(model.own) + take(model.half).square() / 3)).sum((-2, -1))
+    if head is None:
+        q = pairs.q[pair]
+        alike = (q[:, :, None] == q[:, None]).all(-1).sum(-1).amax(-1)
+        tokens, own = tokens * alike, own * alike
     random = torch.minimum(deviations * (tokens + own).sqrt(), most + deviations * own.sqrt())
-    bias = (direction.abs() * model.bias[pair]).sum((-2, -1))
+    bias = (direction.abs() * take(model.bias)).sum((-2, -1))
     return bias, random
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m3check.arch import Accumulator
-from m3check.checks.bounds import dot_error
+from m3check.checks.bounds import dot_error, whole
 from m3check.checks.setting import Setting
 from m3check.checks.view import View, chunks
 from m3check.types import BLOCK, Finding, Inputs, Status
@@ -25,6 +25,7 @@ def margins(problem: Inputs, how: Accumulator, setting: Setting, device: torch.d
     heads, rows = queries.shape[1], queries.shape[0]
     deviations = setting.deviations(heads * rows * max(case.context, 1))
     result = torch.zeros(heads, rows, case.block_columns, dtype=torch.float32, device=device)
+    integers = whole(queries, keys)
     cells = 2**26 if device.type == "cuda" else 2**21
     for request in case.requests():
         if not request.query_len or not request.kv_len:
@@ -35,7 +36,7 @@ def margins(problem: Inputs, how: Accumulator, setting: Setting, device: torch.d
             q = queries[row].to(device).float().transpose(0, 1)  # [H, c, D]
             position = request.prefix + torch.arange(part.start, part.stop, device=device)
             for span in chunks(request.kv_len, 2**16):
-                sums = dot_error(q, k[span], how)
+                sums = dot_error(q, k[span], how, integers)
                 token = torch.arange(span.start, span.stop, device=device)
                 unseen = token > position[:, None]  # [c, span]
                 error = sums.limit(deviations)
