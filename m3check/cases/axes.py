@@ -46,9 +46,10 @@ _BLOCKS = (1, 2, 5, 17, 33, 66)
 # What an interpreter affords: a bitonic top-k of one row takes as long there as a hundred blocks of attention.
 _CI: Mapping[str, tuple[Any, ...]] = {
     "batch": (1, 2, 3, 5),
-    "topk": (16, 1, 4, 15, 24, 64),
+    "topk": (16, 1, 15, 24, 64),
     "init_blocks": (0, 1, 9),
     "local_blocks": (1, 0, 9),
+    "gqa": (16, 1, 2, 5, 8),
     "blocks": ("self", 2, 5, 17, 21),
     "reach": ("self", "fewer", "equal", "next", "double", "many"),
 }

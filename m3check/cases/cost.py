@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from m3check.cases.validity import reads_main_cache
 from m3check.types import OPS, Case
 
-CALL = 0.15  # seconds a case costs whatever its size: reference, checks, packing, one compilation-free launch
-SCORE_STEP = 1.2e-3  # one block of one score program (a dot of 64 x 128 x D) on the interpreter
-ATTEND_STEP = 1.5e-3  # one block of one (query token, KV head) attention program on the interpreter
-SELECT_ROW = 0.2  # one (query token, head) row of a bitonic top-k on the interpreter
+CALL = 0.15  # seconds a case costs whatever its size: reference, checks, packing, launching
 VALUE = 2e-8  # making, packing and reading one value of a cache, CPU
+SCORE_STEP = 1.2e-3  # one block of one score program (64 x 128 x D), interpreted
+SCORE_CHUNKS = 0.18  # a decode request's 256 score programs, most of them empty
+SELECT_ROW = 0.03  # one (query token, head) row of a bitonic top-k
+SPLIT_SELECT = 0.016  # one chunk of a decode row's top-k; 16 chunks while there are few rows
+ATTEND_STEP = 4e-3  # one block of one (query token, KV head) attention program
+MERGE_ROW = 1.5e-3  # merging the partial outputs of one (query token, query head)
 DEVICE_CALL = 0.05
 DEVICE_VALUE = 2e-9
 TILE = 64
@@ -52,17 +55,23 @@ def cost(case: Case, evidence: str) -> float:
 
 
 def _seconds(case: Case, op: str) -> float:
+    """Interpreted seconds of one op's kernel."""
     heads, total = case.kv_heads, 0.0
     for request in case.requests():
         blocks = request.visible_blocks(request.query_len - 1) if request.query_len else 0
         if op == "index_score":
             total += SCORE_STEP * -(-request.query_len // TILE) * heads * blocks
         if op in ("index_decode_score", "index_decode"):
-            total += SCORE_STEP * blocks
-        if op in ("index_topk", "index_decode"):
+            total += SCORE_CHUNKS + SCORE_STEP * blocks
+        if op == "index_topk":
             total += SELECT_ROW * request.query_len * heads
         if op in ("sparse_attn", "sparse_attn_decode"):
             total += ATTEND_STEP * request.query_len * heads * (1 + min(case.topk, blocks))
+    rows = case.total_queries * heads
+    if op == "index_decode":
+        total += SPLIT_SELECT * rows * min(16, max(1, 512 // rows))
+    if op == "sparse_attn_decode":
+        total += MERGE_ROW * case.total_queries * case.heads
     return total
 
 

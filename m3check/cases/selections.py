@@ -50,7 +50,7 @@ def distinct_blocks(case: Case, stream: Stream) -> tuple[Ids, Ids]:
     ids = window % circle[per_row] * stride[per_row] % circle[per_row]
     last = slot == (count - 1)[per_row]
     ids = np.where(own_too[per_row] & last, (visible - 1)[per_row], ids)
-    order = stream.below(1 << 32, [heads, rows, topk])
+    order = stream.below(1 << 30, [heads, rows, topk])
     order = np.where(slot < count[per_row], order, 1 << 40)  # unused slots stay behind
     return np.take_along_axis(ids, np.argsort(order, axis=-1, kind="stable"), axis=-1), count
 
@@ -89,8 +89,8 @@ def holes(case: Case, stream: Stream) -> Ids:
     import numpy as np
 
     ids = short(case, stream)
-    order = stream.below(1 << 32, ids.shape)
-    order[..., 0] |= 1 << 33  # what stood first goes last, behind every hole
+    order = stream.below(1 << 30, ids.shape)
+    order[..., 0] |= 1 << 31  # what stood first goes last, behind every hole
     return np.take_along_axis(ids, np.argsort(order, axis=-1, kind="stable"), axis=-1)
 
 

@@ -45,7 +45,7 @@ class Stream:
         return raw.view("<u2")[:count]
 
     def below(self, bound: npt.NDArray[np.int64] | int, shape: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Whole numbers in [0, bound), elementwise; the bias is below bound / 2^32."""
+        """Whole numbers in [0, bound), elementwise; bounds reach to 2^31, the bias is below bound / 2^32."""
         import numpy as np
 
         count = int(np.prod(shape, dtype=np.int64))
@@ -70,12 +70,19 @@ def look_up(table: Table, words: Words, shape: Sequence[int], dtype: str, device
         # mode="clip" keeps numpy from copying the index array to look for negative ones
         values = torch.from_numpy(np.take(bits.numpy(), words, mode="clip"))
         return values.view(wanted).reshape(tuple(shape))
-    out = torch.empty(len(words), dtype=bits_dtype, device=device)
-    there = bits.to(device)
+    return gathered(bits.to(device), words, torch.device(device)).view(wanted).reshape(tuple(shape))
+
+
+def gathered(bits: torch.Tensor, words: Words, device: torch.device) -> torch.Tensor:
+    """`bits[words]` on a device, some words at a time."""
+    import numpy as np
+    import torch
+
+    out = torch.empty(len(words), dtype=bits.dtype, device=device)
     for start in range(0, len(words), CHUNK):
         piece = torch.from_numpy(words[start : start + CHUNK].view(np.int16)).to(device)
-        out[start : start + CHUNK] = there[piece.int() & 0xFFFF]
-    return out.view(wanted).reshape(tuple(shape))
+        out[start : start + CHUNK] = bits[piece.int() & 0xFFFF]
+    return out
 
 
 @lru_cache(maxsize=1)
