@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is known: `m3check run --help` must a
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -148,6 +149,9 @@ def _told(error: Exception) -> int:
         return _end(getattr(error, "exit_code", 4), str(error))
     if isinstance(error, ModuleNotFoundError) and (sentence := _missing(error)):
         return _end(4, sentence)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        drop_stdout()
+        return _end(3, f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror}")
     import traceback
 
     traceback.print_exception(error)

@@ -452,6 +452,34 @@ def test_a_reader_that_goes_away_is_no_mistake() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_stdout_is_a_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "m3check", "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+
+    assert (done.returncode, done.stderr) == (3, "m3check: exit 3: cannot write: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_summary_that_cannot_be_printed_changes_no_verdict(tmp_path: Path) -> None:
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from records import record, result; from m3check import api; from m3check.cli import main\n"
+        "api.run = lambda options: record(result())\n"
+        "sys.exit(main(['run', '--arch', 'sm100']))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+
+    assert done.returncode == 0, done.stderr
+    assert "cannot be written to stdout" in done.stderr
+    assert jsonfile.read(tmp_path / "reports/sm100").exit.code == 0
+
+
 def test_a_job_that_is_ended_leaves_a_report(tmp_path: Path) -> None:
     script = (
         "import sys, time; from m3check import api; from m3check.cli import main\n"

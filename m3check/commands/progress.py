@@ -47,7 +47,7 @@ class Progress:
 
     def close(self) -> None:
         """Leave the terminal's last line empty."""
-        if self._terminal:
+        if self._terminal and self._first_done is not None:
             self._write("\r\x1b[2K")
 
     def _take(self, result: Result) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from m3check.commands.options import options as options_of
 from m3check.commands.progress import Progress
-from m3check.commands.talk import emit, talk
+from m3check.commands.talk import drop_stdout, emit, talk
 from m3check.config import RunOptions
 from m3check.types import Exit, M3CheckError, Record, Result
 
@@ -119,8 +119,11 @@ def _write(record: Record, folder: Path) -> tuple[Record, str]:
 def _print(record: Record) -> None:
     from m3check.report import markdown
 
-    with suppress(OSError):
+    try:
         emit(f"{markdown.head(record)}\n\n{markdown.summary(record)}".rstrip())
+    except OSError as error:  # the report has it all: what becomes of its summary changes no exit code
+        drop_stdout()
+        talk(f"m3check: the summary cannot be written to stdout: {_os(error)}")
 
 
 def _os(error: OSError) -> str:
