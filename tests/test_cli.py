@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -433,16 +432,17 @@ def _paths() -> dict[str, str]:
 
 
 def test_help_answers_at_once() -> None:
-    started = time.perf_counter()
-    best = min(_timed() for _ in range(5))
+    used = min(_processor_seconds() for _ in range(3))
 
-    assert best < 0.3, f"m3check run --help took {best:.2f} s at best ({time.perf_counter() - started:.1f} s in all)"
+    assert used < 0.3, f"m3check run --help took {used:.2f} s of processor time at best"
 
 
-def _timed() -> float:
-    started = time.perf_counter()
+def _processor_seconds() -> float:
+    """Of one `m3check run --help`; other than the wall clock it does not depend on who else uses the machine."""
+    before = os.times()
     assert process("run", "--help").returncode == 0
-    return time.perf_counter() - started
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
 
 
 def test_a_reader_that_goes_away_is_no_mistake() -> None:
