@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,9 @@ def run(options: RunOptions) -> Record:
     """
     arch = arches.find_arch(options.arch)
     evidence, device, why = runner.evidence_for(arch)
+    for text in options.kernels:  # fetched first: a plan knows a wheel's kernels only once they are in the cache
+        for warning in kernels.prepare(kernels.parse_spec(text), options.offline):
+            print(f"m3check: {text}: {warning}", file=sys.stderr)
     lines = runner.plan(options)
     started = datetime.datetime.now(datetime.UTC)
     results: dict[tuple[str, str], Result] = {}
@@ -104,8 +108,6 @@ def run(options: RunOptions) -> Record:
         return isolate.Worker(command, worker_environment(evidence))
 
     interrupted = False
-    for group in groups:
-        kernels.prepare(kernels.parse_spec(group), options.offline)
     with isolate.Pool(jobs, make, options.timeout) as pool:
         try:
             if due:
@@ -122,11 +124,9 @@ def run(options: RunOptions) -> Record:
 
 def _introduce(hellos: Mapping[str, Mapping[str, Any]], options: RunOptions) -> dict[str, Any]:
     """Facts for the record from the workers' hellos; raises M3CheckError when one refused."""
-    import sys
-
     for group, hello in hellos.items():
         if "refused" in hello:
-            raise M3CheckError(f"{group}: {hello['refused']}")
+            raise M3CheckError(hello["refused"])
         for warning in hello["warnings"]:
             print(f"m3check: {group}: {warning}", file=sys.stderr)
     first = next(iter(hellos.values()))

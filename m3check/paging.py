@@ -112,6 +112,15 @@ class Frozen:
         return int((words(self.tensor) != words(self.before)).sum())
 
 
+@dataclass(frozen=True)
+class World:
+    """The physical choices of one call that must not change its result."""
+
+    poison: Poison = "nan"
+    salt: str = ""  # another page order
+    max_seq_len: int = 0  # 0: the batch's own longest
+
+
 @dataclass
 class Run:
     """One call of a kernel: its results in logical form, and the memory that was watched meanwhile."""

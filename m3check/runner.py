@@ -121,6 +121,8 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
         return result(Status.ERROR, str(error))
     except M3CheckError as error:
         return result(Status.ERROR, str(error))
+    except Exception as error:  # a defect of m3check must cost this case alone, and say whose it is
+        return result(Status.ERROR, f"m3check itself failed, not the kernel: {_where(error)}")
     status, reason = verdict(findings)
     if session.unrepaired and status is not Status.SKIPPED:
         return result(Status.INCONCLUSIVE, "; ".join(session.unrepaired), findings)

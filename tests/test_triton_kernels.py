@@ -11,7 +11,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from m3check import interpret, reference  # noqa: E402
+from m3check import interpret, paging, reference  # noqa: E402
 from m3check.cases.generate import make_inputs  # noqa: E402
 from m3check.cases.ident import parse_id  # noqa: E402
 from m3check.kernels import contract  # noqa: E402
@@ -38,7 +38,7 @@ def case_inputs(text: str):
 
 def run(inputs, poison="nan"):
     """The op's own output; watched memory must be untouched."""
-    result = contract.call(kernel(inputs.case.op), inputs, contract.World(poison=poison))
+    result = contract.call(kernel(inputs.case.op), inputs, paging.World(poison=poison))
     for guard in result.guards:
         assert guard.overwritten() == [], guard.name
     for frozen in result.frozen:

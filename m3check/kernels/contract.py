@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from m3check.types import OPS, Inputs, Kernel, M3CheckError
@@ -16,7 +16,7 @@ from m3check.types import OPS, Inputs, Kernel, M3CheckError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from m3check.paging import Guard, Poison, Run
+    from m3check.paging import Guard, Run, World
 
 PARAMETERS: Mapping[str, str] = {
     "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
@@ -88,15 +88,6 @@ class BrokenContract(M3CheckError):
     """A kernel that cannot be called, or whose result has the wrong shape or dtype."""
 
 
-@dataclass(frozen=True)
-class World:
-    """The physical choices of one call that must not change its result."""
-
-    poison: Poison = "nan"
-    salt: str = ""  # another page order
-    max_seq_len: int = 0  # 0: the batch's own longest
-
-
 def check_signature(op: str, function: Callable[..., Any], name: str) -> frozenset[str]:
     """The keywords to pass; raises BrokenContract for a parameter that the op's contract does not have."""
     known = SIGNATURES[op][0]
@@ -119,8 +110,11 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
     return frozenset(p for p in known if p in parameters)
 
 
-def call(kernel: Kernel, inputs: Inputs, world: World = World()) -> Run:
+def call(kernel: Kernel, inputs: Inputs, world: World | None = None) -> Run:
     """Run one kernel (or, for a chain, its parts in order) on physical tensors made from `inputs`."""
+    from m3check.paging import World
+
+    world = world or World()
     if OPS[kernel.op].chain:
         return _call_chain(kernel, inputs, world)
     return _call_one(kernel, inputs, world, upstream={})
