@@ -39,9 +39,10 @@ def install() -> tuple[Repair, ...]:
 
         if not knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET=1 must be in the environment before triton is imported")
-        from m3check.interpret import arithmetic, launch, memory, probes
+        from m3check.interpret import arithmetic, launch, memory, probes, speed
 
         _done = tuple(_one(*entry) for entry in _repairs(arithmetic, launch, memory, probes))
+        speed.install()
     return _done
 
 

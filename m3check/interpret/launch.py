@@ -12,16 +12,12 @@ from triton.language.extra import cuda
 from triton.runtime import autotuner
 from triton.runtime import interpreter as base
 
+from m3check.interpret import language
 from m3check.types import M3CheckError
 
 
 class StaticAssertionFailed(AssertionError):
     """tl.static_assert: this configuration does not compile."""
-
-
-# -- the language while a kernel runs ---------------------------------------------------------------------------------
-
-_language: dict[tuple[object, str], Any] = {}  # what tl looks like while a kernel runs, where Triton's own choice is wrong
 
 
 def _static_assert(cond: object, msg: str = "") -> None:
@@ -31,39 +27,23 @@ def _static_assert(cond: object, msg: str = "") -> None:
 
 def repair_fnuz_types() -> None:
     """The fnuz dialects have an interpreter type."""
-    _wrap_core_patch()
     names = {"fp8e4b8": "get_fp8e4b8_ty", "fp8e5b16": "get_fp8e5b16_ty"}
-    _language[tl.dtype, "to_ir"] = lambda original: (
-        lambda self, builder: getattr(builder, names[self.name])() if self.name in names else original(self, builder)
-    )
+
+    def make(original: Any) -> Any:
+        return lambda self, builder: getattr(builder, names[self.name])() if self.name in names else original(self, builder)
+
+    language.override(tl.dtype, "to_ir", make)
 
 
 def repair_scalar_index() -> None:
     """A scalar tensor is an index (numpy 2.4 no longer turns an array of one element into an int)."""
-    _wrap_core_patch()
-    _language[tl.tensor, "__index__"] = lambda original: lambda self: int(self.handle.data.reshape(()))
+    language.override(tl.tensor, "__index__", lambda original: lambda self: int(self.handle.data.reshape(())))
 
 
 def name_static_assertions() -> None:
     """A failing tl.static_assert can be told from any other assertion."""
-    _wrap_core_patch()
-    _language[tl, "static_assert"] = lambda original: _static_assert
-    _language[tl.core, "static_assert"] = lambda original: _static_assert
-
-
-def _wrap_core_patch() -> None:
-    original = base._patch_lang
-    if getattr(original, "is_repair", False):
-        return
-
-    def patch_lang(fn: Any) -> Any:
-        scope = original(fn)
-        for (owner, name), make in _language.items():
-            scope.set_attr(owner, name, make(getattr(owner, name)))
-        return scope
-
-    patch_lang.is_repair = True  # type: ignore[attr-defined]
-    base._patch_lang = patch_lang
+    for owner in (tl, tl.core):
+        language.override(owner, "static_assert", lambda original: _static_assert)
 
 
 def repair_boolean_arguments() -> None:
