@@ -307,6 +307,17 @@ def test_heads_list_different_blocks_where_they_can(text):
     assert own > 0.6 * seen
 
 
+@pytest.mark.parametrize("fill", ["gauss", "integer", "wide"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+def test_heads_score_blocks_in_different_order(fill, dtype):
+    """A kernel that uses another head's selection, or one for all heads, must come out different."""
+    inputs = make_inputs(parse_id(f"index_decode/q=2,kv={BLOCK * 40},dtype={dtype},cache={dtype},fill={fill}"))
+    scores = torch.einsum("thd,bkd->thbk", inputs.idx_q.double(), inputs.idx_k.double().view(40, BLOCK, -1)).amax(-1)
+    for row in scores:
+        chosen = {tuple(head.topk(16).indices.sort().values.tolist()) for head in row}
+        assert len(chosen) == 4
+
+
 def test_future_ids_stay_in_the_request_where_it_has_later_blocks():
     case = parse_id("sparse_attn/q=300,kv=1300,h=1,g=1,topk=4,ids=future")
     ids = make_inputs(case).topk_idx

@@ -26,8 +26,8 @@ TRIES = 40
 RESTARTS = {"ci": 4, "full": 1}
 """Whole searches of which the shortest list is kept."""
 
-PASSES = {"ci": 1, "full": 2}
-"""How often each pair is covered: again in other company from the second time on."""
+PASSES = {"ci": 1, "full": 3}
+"""How often each pair is covered: again in other company from the second time on, but for values often refused."""
 
 MOST_SECONDS = {"ci": ("interpreted", 5.0), "full": ("device", 0.6)}
 
@@ -64,6 +64,8 @@ def cover(op: str, tier: str, known: list[Case], seed: int) -> list[Case]:
     found: list[Case] = []
     for turn in range(PASSES[tier]):
         missing = uncovered(op, tier, known + found if turn == 0 else ())
+        if turn > 0:
+            missing = {pair for pair in missing if not any(axes.often_refused(op, *item) for item in pair)}
         while missing:
             case = _best(op, tier, missing, chance, {*known, *found})
             found.append(case)
