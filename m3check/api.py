@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from m3check import arch as arches
 from m3check import cases as _cases
 from m3check import isolate, kernels, runner
+from m3check.report.jsonfile import SCHEMA_VERSION
 from m3check.types import OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
 
 if TYPE_CHECKING:
     from m3check.config import RunOptions
 
-SCHEMA_VERSION = "1.0"
 
 
 def cases(tier: str = "ci", ops: Sequence[str] = ()) -> tuple[Case, ...]:

@@ -54,6 +54,10 @@ class Service:
                 repairs.append({"name": repair.name, "needed": repair.needed, "installed": repair.installed})
                 if repair.needed and not repair.installed:
                     unrepaired.append(f"the interpreter's {repair.name} could not be repaired: {repair.detail}")
+        # Imported now, so that no case's time limit pays for it.
+        from m3check import checks, reference  # noqa: F401
+        from m3check.cases import generate  # noqa: F401
+
         loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
         self.session = runner.Session(arch, evidence, device, loaded, unrepaired)
         return {
