@@ -55,7 +55,7 @@ def score_tile(
             # The maximum ignores NaN, so what hides keys is NaN: a block whose visible dots are all NaN scores NaN.
             hidden = tl.where(block < row_blocks, float("nan"), float("-inf"))
             best = tl.full([ROWS], float("nan"), tl.float32)
-            for part in tl.static_range(128 // KEYS):
+            for part in range(128 // KEYS):  # not unrolled: fp32 tiles would spill
                 slot = part * KEYS + offset
                 key = block * 128 + slot
                 k_at = page * stride_cp + slot * stride_ct
