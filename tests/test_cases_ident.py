@@ -141,6 +141,7 @@ def test_the_defaults_are_frozen():
         ("prefill/q=0,kv=4", ["at least one query"]),
         ("decode/q=1+2,kv=4+4", ["same query length", "1+2"]),
         ("decode/q=1,kv=0", ["at least one request with a visible token"]),
+        ("decode/q=1,kv=999999999999", ["at most 134217728 tokens"]),
         ("decode/q=2,kv=9,mq=2", ["mq=2", "exceed"]),
         ("prefill/q=1,kv=1,mq=4", ["prefill does not read mq"]),
         ("index_score/q=1,kv=1,g=4", ["index_score does not read g"]),

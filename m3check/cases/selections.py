@@ -19,8 +19,25 @@ if TYPE_CHECKING:
 
     Ids = npt.NDArray[np.int64]
 
-STRIDES = (10007, 10037, 10061, 10079, 10091, 10099, 10111, 10133, 10139, 10151, 10163, 10177, 10181, 10193, 10211, 10223)
-"""Primes above 8,192, the most blocks of a context: walking a circle of visible blocks by one of them meets each once."""
+STRIDES = (
+    1052299,
+    1055671,
+    1146569,
+    1314283,
+    1377517,
+    1397719,
+    1503091,
+    1564657,
+    1571461,
+    1584283,
+    1634693,
+    1675181,
+    1828283,
+    1896443,
+    1904531,
+    2039561,
+)
+"""Primes above 2^20, the most blocks of a context: walking a circle of visible blocks by one of them meets each once."""
 
 
 def visible_blocks(case: Case) -> Ids:

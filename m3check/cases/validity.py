@@ -32,6 +32,9 @@ KNOWN: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "fill": _fills,
 }
 
+LONGEST = 2**27
+"""Tokens of the longest context that the id lists can shuffle: 128 times M3's own."""
+
 _COMMON = frozenset({"kv_heads", "layout", "fill", "seed"})
 _KEYS = frozenset({"head_dim", "dtype", "cache_dtype"})
 _ATTENTION = _KEYS | {"gqa", "scales", "topk"}
@@ -92,6 +95,8 @@ def _lengths(case: Case) -> str | None:
         return f"{len(q)} query lengths but {len(kv)} visible lengths; each request needs one of both"
     if not q or min(q) < 0 or min(kv) < 0:
         return "a batch needs at least one request and no negative length"
+    if max(kv) > LONGEST:
+        return f"a context has at most {LONGEST} tokens, got {max(kv)}"
     if OPS[case.op].phase == "decode":
         if len(set(q)) > 1 or q[0] < 1:
             return f"all requests of a decode batch have the same query length, at least 1; got {'+'.join(map(str, q))}"
