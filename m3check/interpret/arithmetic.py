@@ -88,9 +88,8 @@ def repair_comparisons() -> None:
     original = Builder.binary_op
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Callable[..., Any]) -> Any:
-        if op in _BOOLEAN:
-            return Handle(op(lhs.data, rhs.data), tlc.int1)
-        return original(self, lhs, rhs, op)
+        out = original(self, lhs, rhs, op)
+        return Handle(out.data, tlc.int1) if op in _BOOLEAN else out
 
     Builder.binary_op = binary_op
 
