@@ -1,4 +1,4 @@
-"""Kernels written in torch as real ones work — online softmax in tiles, p rounded, split-K partials — right and wrong ones."""
+"""Kernels in torch that work as real ones do (online softmax, rounded p, split-K partials), right and wrong ones."""
 
 from __future__ import annotations
 
@@ -74,9 +74,12 @@ def attention(problem: Inputs, ids: Tensor, style: Style = Style(), edit: Edit =
         logits = edit.logits(logits)
     slots = ids.shape[-1]
     per = -(-slots // style.splits)
-    outs, sums = zip(
-        *(_online(logits, values, s * per, min((s + 1) * per, slots), style, q.dtype) for s in range(style.splits))
-    )
+    parts = [
+        _online(logits, values, s * per, min((s + 1) * per, slots), style, q.dtype)
+        for s in range(style.splits)
+        if s * per < slots
+    ]
+    outs, sums = zip(*parts, strict=True)
     out, lse = torch.stack(outs), torch.stack(sums)
     if style.splits == 1:
         return _round(out[0], q.dtype).flatten(1, 2)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from m3check.checks.bounds import whole
 from m3check.checks.filters import EXPLAINED, Match, best_scale, best_token
+from m3check.checks.likeness import looks_like
 from m3check.checks.noise import Pairs, noise
 from m3check.checks.residue import Residue, row_limit
 from m3check.checks.rowkinds import dead_rows, promised_rows, valid_ids
@@ -157,7 +158,8 @@ def _head(view: View, worst: Worst) -> str:
 def _finding(view: View, check: str, worst: Worst, what: str, hint: str) -> Finding:
     status = Status.FAILED if worst.over else Status.PASSED
     where = _head(view, worst) + (f", channel {worst.channel}" if what == "elements" else "")
-    text = f"{worst.over} {what} are further off than rounding explains{hint}" if worst.over else ""
+    count = f"at least {worst.over}" if what == "rows" else f"{worst.over}"  # not every row is worked out
+    text = f"{count} {what} are further off than rounding explains{hint}" if worst.over else ""
     return Finding(check, status, max(worst.measured, 0.0), worst.limit, where, text)
 
 
@@ -178,9 +180,10 @@ def _cause(view: View, tests: Tests) -> str:
     """The named defect that explains the error best, or whose right answer the worst row is."""
     red = [match for match in (tests.token, tests.scale) if match is not None and match.red]
     best = max(red, key=lambda match: match.share, default=None)
-    if best is not None and best.share > EXPLAINED:
+    alike = looks_like(view, tests.element.row, tests.element.head)
+    if not alike and best is not None and best.share > EXPLAINED:
         return "; " + best.hint(int(view.rows.position[best.row]))
-    return _looks_like(view, tests.element)
+    return alike
 
 
 def check_rows(view: View) -> list[Finding]:
@@ -217,19 +220,3 @@ def _match(view: View, check: str, match: Match | None) -> list[Finding]:
             check, status, match.z, match.limit, where, match.hint(int(view.rows.position[match.row])) if match.red else ""
         )
     ]
-
-
-def _looks_like(view: View, worst: Worst) -> str:
-    """Whether the worst row is another row's right answer."""
-    row = view.actual("out")[worst.row, worst.head].double()
-    expected = view.expected_out.double()
-    wrong = (row - expected[worst.row, worst.head]).norm()
-    heads = (expected[worst.row] - row).norm(dim=-1)
-    heads[worst.head] = torch.inf
-    if heads.min() < 0.05 * wrong:
-        return f"; the row holds the result of query head {int(heads.argmin())}"
-    queries = (expected[:, worst.head] - row).norm(dim=-1)
-    queries[worst.row] = torch.inf
-    if queries.min() < 0.05 * wrong:
-        return f"; the row holds the result of {view.rows.name(int(queries.argmin()))}"
-    return "; the row is zero" if not row.any() else ""

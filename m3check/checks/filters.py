@@ -98,9 +98,11 @@ def best_token(
 
     def direction(kind: str, pair: Tensor, place: Tensor) -> Tensor:
         if kind == "block":
-            return shift[pair, :, place] * precision[pair]
+            moved: Tensor = shift[pair, :, place] * precision[pair]
+            return moved
         weighed = weight[pair, :, place][..., None]  # [c, G, 1]
-        return weighed * (v[pair, place][:, None] - o[pair]) * precision[pair]
+        result: Tensor = weighed * (v[pair, place][:, None] - o[pair]) * precision[pair]
+        return result
 
     best = before
     for family in (tokens, blocks):

@@ -57,8 +57,11 @@ class Noise:
     logit: Tensor  # [P, G, n] natural logits, 0 where not attended
     block_sum: Tensor  # [P, G, S, D] Σ ŵ v of each listed block
     bias: Tensor  # one-signed errors, worst case
+    leaning: Tensor | None  # [P, G, n] one-signed error of each weight times ŵ, None where there is none
+    leant: Tensor  # the part of `bias` that comes from `leaning`
     token_variance: Tensor  # [P, G, n] of the relative error of each weight
     bin: Tensor  # [P, G, n] int32: tokens of one bin round alike
+    coherence: Tensor  # [P, G] how much that adds to Σ ŵ²
     from_tokens: Tensor  # variance through the weights
     own: Tensor  # variance of what is independent between channels, the final rounding apart
     most: Tensor  # what all random terms can do at most
@@ -100,13 +103,14 @@ def noise(
     # independent errors of the weights, each shared by all channels of its token
     token_variance = u**2 / 3 + weight_deviation.square()
     bin_ = _bins(logit, u)
-    from_tokens = _through_weights(token_variance.sqrt() * weight, bin_, weight, pairs, o)
+    coherence = _coherence(bin_, weight)
+    from_tokens = _through_weights(token_variance.sqrt() * weight, bin_, coherence, weight, pairs, o)
     random = weight * (u + weight_most)
     most = random @ pairs.v_abs + o.abs() * random.sum(-1, keepdim=True)
 
     tokens = pairs.attended.sum(-1)[:, None, None].float()
     steps = tokens / SUBTILE + 1
-    own, bias, pv_most = _summing(setting.pv, tokens + 2 * steps, partial, size)
+    own, bias, pv_most = _summing(setting.pv, tokens + 2 * steps, partial, size, block_sum, sizes)
     if setting.profile.partials != "fp32":
         rounded = FORMATS[dtype].u
         own = own + rounded**2 / 3 * _worst_split(block_sum)
@@ -118,9 +122,11 @@ def noise(
     merge = LN2 * U32 * 4 * torch.maximum(lse.abs(), m.abs()) * LOG2E + 4 * EXP2_ERROR + common
     share = weight.unflatten(-1, (-1, BLOCK)).sum(-1)  # [P, G, S]
     bias = bias + merge * (block_sum - share[..., None] * o[:, :, None]).abs().sum(2)
+    leaning, leant = None, torch.zeros_like(bias)
     if weight_bias is not None:
         leaning = weight * weight_bias
-        bias = bias + leaning @ pairs.v_abs + o.abs() * leaning.sum(-1, keepdim=True)
+        leant = leaning @ pairs.v_abs + o.abs() * leaning.sum(-1, keepdim=True)
+        bias = bias + leant
     if dtype == torch.float16:
         flushed = torch.minimum(weight, 2.0**-25 * weight.amax(-1, keepdim=True))
         bias = bias + flushed @ pairs.v_abs
@@ -130,7 +136,22 @@ def noise(
     spread = torch.minimum(deviations * (from_tokens + own).sqrt(), most) + bias
     half = half_ulp(expected.abs() + spread.double() * pairs.unit, dtype) / pairs.unit
     return Noise(
-        o, weight, seen_weight, logit, block_sum, bias, token_variance, bin_, from_tokens, own, most, half.float(), tilt
+        o,
+        weight,
+        seen_weight,
+        logit,
+        block_sum,
+        bias,
+        leaning,
+        leant,
+        token_variance,
+        bin_,
+        coherence,
+        from_tokens,
+        own,
+        most,
+        half.float(),
+        tilt,
     )
 
 
@@ -172,13 +193,12 @@ def ranks(bin_: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, step)
 
 
-def _through_weights(scaled: Tensor, bin_: Tensor, weight: Tensor, pairs: Pairs, o: Tensor) -> Tensor:
+def _through_weights(scaled: Tensor, bin_: Tensor, coherence: Tensor, weight: Tensor, pairs: Pairs, o: Tensor) -> Tensor:
     """Variance of Σ ε_j c_j v_j for c = `scaled` [P, G, n], tokens of one bin erring together.
 
     Where the rounded weights are also the ones that are summed, v - o takes the place of v: the larger of both counts.
     In rows with few coherent tokens a factor stands for them; in the others the heaviest bins are summed one by one.
     """
-    coherence = _coherence(bin_, weight)
     v, v2 = pairs.v, pairs.v_square
     variance = _spread(scaled.square(), v, v2, o) * coherence.clamp(1, SCATTERED)[..., None]
     many = (coherence > SCATTERED).any(-1).nonzero().flatten()
@@ -205,13 +225,36 @@ def _spread(squares: Tensor, v: Tensor, v2: Tensor, o: Tensor) -> Tensor:
     return second + (o.square() * zeroth - 2 * o * first).clamp(min=0)
 
 
-def _summing(how: Accumulator, terms: Tensor, partial: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(variance, bias, most) of adding up p·v: roundings to nearest, or truncation in a matrix instruction."""
-    zero = torch.zeros_like(partial)
+def _summing(
+    how: Accumulator, terms: Tensor, partial: Tensor, size: Tensor, block_sum: Tensor, block_size: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(variance, bias, most) of adding up p·v: roundings to nearest, or truncation in a matrix instruction.
+
+    What truncation cuts off lies between 0 and one unit of the last place kept: half a unit of one sign, and a random
+    half. Instructions add `inner` products to the running sum, whose size is bounded along the way.
+    """
     if how.fraction_bits is None:
+        zero = torch.zeros_like(partial)
         return U32**2 / 3 * terms * partial.square(), zero, terms * U32 * torch.maximum(partial, size)
-    step = (how.inner + 1) * 2.0 ** (1 - how.fraction_bits) + 2.0**-23
-    return zero, (terms / how.inner + 1) * step * partial, zero
+    unit = 2.0 ** (1 - how.fraction_bits)
+    steps = terms / how.inner + 1
+    way = torch.minimum(steps * partial, _way(block_sum, block_size) * (BLOCK / how.inner) + partial)
+    addends = how.inner + 1
+    variance = steps * addends * (unit * partial).square() / 12
+    return variance, (addends / 2 * unit + 2.0**-23) * way, addends / 2 * unit * way
+
+
+def _way(block_sum: Tensor, block_size: Tensor) -> Tensor:
+    """Bound on Σ over blocks of the running sum's size, whatever the order of blocks: [P, G, D].
+
+    After r blocks the sum lies between those of the r smallest and of the r largest; within a block it moves by no more
+    than the block's positive or negative products together. block_sum [P, G, S, D], block_size [P, S, G, D] of |products|.
+    """
+    ordered = block_sum.sort(dim=2).values
+    low, high = ordered.cumsum(2), ordered.flip(2).cumsum(2)
+    between = torch.maximum(high.abs(), low.abs()).sum(2)
+    within = (block_size.transpose(1, 2) + block_sum.abs()).sum(2) / 2
+    return between + within
 
 
 def _worst_split(block_sum: Tensor) -> Tensor:

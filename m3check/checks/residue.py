@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m3check.checks.noise import Noise, Pairs, ranks
+from m3check.checks.noise import SCATTERED, Noise, Pairs, ranks
 
 TINY = 1e-30
 """σ² (of a channel whose largest |v| is 1) below which a channel is left to the element test."""
@@ -50,9 +50,13 @@ def projected_limit(
     along = direction @ pairs.v[pair].mT  # [c, G, n]
     scale = (take(model.token_variance).sqrt() * take(model.weight)).to(along.dtype)
     shifted = along - (direction * take(model.o)).sum(-1, keepdim=True)
-    rank = ranks(take(model.bin))
-    plain, other = (torch.zeros_like(x).scatter_add_(-1, rank, scale * x) for x in (along, shifted))
-    tokens = torch.maximum(plain.square().sum(-1), other.square().sum(-1)).sum(-1)  # [c]
+    plain, other = scale * along, scale * shifted
+    coherence = take(model.coherence)
+    factor = coherence.clamp(1, SCATTERED)
+    if (coherence > SCATTERED).any():
+        rank, factor = ranks(take(model.bin)), torch.ones_like(factor)
+        plain, other = (torch.zeros_like(x).scatter_add_(-1, rank, x) for x in (plain, other))
+    tokens = (torch.maximum(plain.square().sum(-1), other.square().sum(-1)) * factor).sum(-1)  # [c]
     most = math.sqrt(3) * torch.maximum(plain.abs().sum(-1), other.abs().sum(-1)).sum(-1)
     own = (direction.square() * (take(model.own) + take(model.half).square() / 3)).sum((-2, -1))
     if head is None:
@@ -60,7 +64,9 @@ def projected_limit(
         alike = (q[:, :, None] == q[:, None]).all(-1).sum(-1).amax(-1)
         tokens, own = tokens * alike, own * alike
     random = torch.minimum(deviations * (tokens + own).sqrt(), most + deviations * own.sqrt())
-    bias = (direction.abs() * take(model.bias)).sum((-2, -1))
+    bias = (direction.abs() * take(model.bias - model.leant)).sum((-2, -1))
+    if model.leaning is not None:  # a weight's own error is the same in all channels
+        bias = bias + (take(model.leaning) * shifted.abs()).sum((-2, -1))
     return bias, random
 
 
@@ -102,4 +108,5 @@ def _quadratic_limit(
     spread = sums.mT @ sums + torch.diag_embed(own)  # [c, D, D]
     trace = spread.diagonal(dim1=-2, dim2=-1).sum(-1)
     largest = torch.linalg.eigvalsh(spread)[..., -1]
-    return trace + 2 * (spread.square().sum((-2, -1)) * surprise).sqrt() + 2 * largest * surprise
+    limit: Tensor = trace + 2 * (spread.square().sum((-2, -1)) * surprise).sqrt() + 2 * largest * surprise
+    return limit

@@ -32,16 +32,17 @@ class Rows:
     @classmethod
     def of(cls, case: Case, device: torch.device) -> Rows:
         """The rows of a batch, request by request."""
-        columns: list[list[Tensor]] = [[] for _ in range(5)]
-        for request in case.requests():
-            query = torch.arange(request.query_len)
-            values = (request.index, query, query + request.prefix, request.kv_start, request.kv_len)
-            for column, value in zip(columns, values, strict=True):
-                column.append(value if isinstance(value, Tensor) else torch.full_like(query, value))
-        empty = torch.empty(0, dtype=torch.int64)
-        request_, query_, position, start, length = ((torch.cat(c) if c else empty).to(device) for c in columns)
+        requests = list(case.requests())
+        lengths = torch.tensor([request.query_len for request in requests], dtype=torch.int64)
+
+        def each(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64).repeat_interleave(lengths).to(device)
+
+        query = torch.arange(case.total_queries, device=device) - each([r.query_start for r in requests])
+        position = query + each([r.prefix for r in requests])
         visible = (position + BLOCK).div(BLOCK, rounding_mode="floor").clamp(min=0)
-        return cls(request_, query_, position, visible, start, length)
+        start, length = each([r.kv_start for r in requests]), each([r.kv_len for r in requests])
+        return cls(each([r.index for r in requests]), query, position, visible, start, length)
 
     def name(self, row: int) -> str:
         """A row in the words of a user: request and token position."""
