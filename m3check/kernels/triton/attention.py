@@ -16,7 +16,7 @@ def attend(
     table, stride_tc,
     k_scale, stride_kh, v_scale, stride_vh,
     scale_log2,
-    D: tl.constexpr, KEYS: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, KEYS: tl.constexpr, SLOTS: tl.constexpr,
     FORM: tl.constexpr, SCALES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Attend from q [rows, D] to tokens 0 … kv_len - 1 of the blocks listed in slots first_slot … end_slot - 1.

@@ -46,7 +46,7 @@ def sparse_attn_kernel(
         acc, _, total = attend(
             queries.to(DTYPE), kv_len, kv_head, ids + kv_head * stride_ih + token * stride_it, stride_ik, 0, TOPK,
             cache, stride_cp, stride_ch, stride_ct, stride_cd, table + request * stride_tr, stride_tc,
-            k_scale, stride_kh, v_scale, stride_vh, scale_log2, D, KEYS, TOPK, SLOTS, FORM, SCALES, DTYPE,
+            k_scale, stride_kh, v_scale, stride_vh, scale_log2, D, KEYS, SLOTS, FORM, SCALES, DTYPE,
         )  # fmt: skip
         at = token * stride_ot + (head * stride_oh)[:, None] + (d * stride_od)[None, :]
         tl.store(output + at, normalised(acc, total).to(output.dtype.element_ty), mask=mask)

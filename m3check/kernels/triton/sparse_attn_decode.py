@@ -46,7 +46,7 @@ def sparse_attn_decode_kernel(
         queries.to(DTYPE), kv_len, kv_head, ids + kv_head * stride_ih + token * stride_it, stride_ik,
         part * SHARE, tl.minimum(part * SHARE + SHARE, TOPK),
         cache, stride_cp, stride_ch, stride_ct, stride_cd, table + request * stride_tr, stride_tc,
-        k_scale, stride_kh, v_scale, stride_vh, scale_log2, D, KEYS, TOPK, SLOTS, FORM, SCALES, DTYPE,
+        k_scale, stride_kh, v_scale, stride_vh, scale_log2, D, KEYS, SLOTS, FORM, SCALES, DTYPE,
     )  # fmt: skip
     if SPLIT:
         heads = tl.num_programs(1) * G
