@@ -82,7 +82,7 @@ def scalar_float_mask(a, limit, out, N: tl.constexpr):
 
 @triton.jit
 def constants(out, N: tl.constexpr):
-    tl.store(out + tl.arange(0, N), tl.full((N,), 2.5, out.dtype.element_ty) * 2)
+    tl.store(out + tl.arange(0, N), tl.full((N,), 2.5, out.dtype.element_ty))
 
 
 @triton.jit
@@ -271,7 +271,7 @@ def bf16_casts():
 def bf16_constants():
     out = torch.empty(4, dtype=torch.bfloat16)
     constants[(1,)](out, 4)
-    return differs("tl.full", out, [5.0] * 4)
+    return differs("tl.full", out, [2.5] * 4)
 
 
 def bf16_extremes():
@@ -465,6 +465,8 @@ def fp32_bytes():
 
 
 def language_is_put_back():
+    if not tl.core.is_builtin(tl.core.expand_dims):
+        return "tl.core is still patched"
     before = {name: getattr(tl, name) for name in ("load", "dot", "static_assert", "reduce")}
     extremes[(1,)](torch.zeros(4), torch.zeros(4), torch.zeros(8), 4)
     rearranged[(1,)](torch.zeros(4), torch.zeros(16), 4)

@@ -39,8 +39,9 @@ def install() -> tuple[Repair, ...]:
 
         if not knobs.runtime.interpret:
             raise RuntimeError("TRITON_INTERPRET=1 must be in the environment before triton is imported")
-        from m3check.interpret import arithmetic, launch, memory, probes, speed
+        from m3check.interpret import arithmetic, language, launch, memory, probes, speed
 
+        language.install()  # first: what Triton leaves behind after a launch would stay for good
         _done = tuple(_one(*entry) for entry in _repairs(arithmetic, launch, memory, probes))
         speed.install()
     return _done

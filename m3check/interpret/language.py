@@ -72,9 +72,9 @@ def _patch(fn: Any) -> _Scope:
 def _direct(inside: Any) -> Any:
     """Triton's stand-in for a builtin calls a wrapper that calls the function; this calls the function."""
     builtin = (getattr(inside, "__kwdefaults__", None) or {}).get("member")
-    function = getattr(builtin, "__wrapped__", None)
-    if function is None:
+    if builtin is None:
         return inside
+    function = getattr(builtin, "__wrapped__", builtin)
     semantic = base.interpreter_semantic
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.language import core, semantic
 from triton.runtime import interpreter as base
 
-from m3check.interpret import language, memory
+from m3check.interpret import memory
 
 
 def install() -> dict[str, str]:
@@ -237,7 +237,6 @@ def _argument_types() -> None:
 
 _NUMBERS = frozenset({int, float, bool})
 ENTRIES = (
-    language.install,
     _no_discarded_assertions,
     _tensor_parts,
     _block_types,
