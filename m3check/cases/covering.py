@@ -26,7 +26,7 @@ TRIES = 40
 RESTARTS = {"ci": 4, "full": 1}
 """Whole searches of which the shortest list is kept."""
 
-PASSES = {"ci": 1, "full": 3}
+PASSES = {"ci": 1, "full": 2}
 """How often each pair is covered: again in other company from the second time on, but for values often refused."""
 
 MOST_SECONDS = {"ci": ("interpreted", 5.0), "full": ("device", 0.6)}
