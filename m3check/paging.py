@@ -8,6 +8,7 @@ cells are watched.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from m3check import arena
 from m3check.types import BLOCK, DTYPES, Case, Inputs, blocks
 
 Poison = Literal["nan", "garbage"]
@@ -74,7 +76,7 @@ class Guard:
     def overwritten(self) -> list[int]:
         """Flat positions of cells outside the view that changed, relative to the view's first element."""
         changed = (words(self._backing) != words(self._before)) & ~self._owned
-        return [int(i) - self.view.storage_offset() for i in changed.nonzero().flatten()[:8]]
+        return [int(i) - int(self.view.storage_offset()) for i in changed.nonzero().flatten()[:8]]
 
 
 def guarded(
@@ -102,8 +104,10 @@ class Frozen:
     before: Tensor
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> Frozen:
-        """Watch a tensor's whole storage, cells outside its view included."""
+    def of(cls, name: str, tensor: Tensor, touched: Tensor | None = None) -> Frozen:
+        """Watch a tensor's whole storage, cells outside its view included; or only the part `touched` of a vast one."""
+        if touched is not None:
+            return cls(name, touched, touched.clone())
         whole = torch.tensor([], dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
         return cls(name, whole, whole.clone())
 
@@ -118,7 +122,13 @@ class World:
 
     poison: Poison = "nan"
     salt: str = ""  # another page order
-    max_seq_len: int = 0  # 0: the batch's own longest
+    layout: str = ""  # another memory order than the case's: hnd, nhd or pool
+    odd_strides: bool = False  # dimensions of size 1 have a stride that means nothing
+    far: bool = False  # pages so far into their cache that offsets pass 2^31 elements
+    max_seq_len: int = 0  # what the graph provides for; 0: the batch's own longest
+    max_query_len: int = 0  # likewise; 0: the case's own
+    columns: int = 0  # at least so many columns of the block table
+    pages: int = 0  # at least so many pages
 
 
 @dataclass
@@ -141,17 +151,18 @@ class Pages:
     """
 
     table: Tensor  # [R, columns] int32
-    count: int  # pages in all
+    count: int  # pages that are used or spare
+    first: int = 0  # the lowest id in use; those below are never touched
 
     @classmethod
-    def shuffled(cls, case: Case, salt: str, device: torch.device | str) -> Pages:
+    def shuffled(cls, case: Case, salt: str, device: torch.device | str, world: World = World(), first: int = 0) -> Pages:
         """Page ids drawn from the case alone; `salt` makes the index and the main cache differ."""
         owned = sum(blocks(n) for n in case.kv_lens)
-        count = owned + SPARE_PAGES
+        count = max(owned + SPARE_PAGES, world.pages)
         key = int.from_bytes(hashlib.sha256(f"{case!r}/{salt}".encode()).digest()[:8], "little") >> 1
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(key)).to(torch.int32)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(key)).to(torch.int32) + first
         poisoned = int(order[-1])
-        columns = case.block_columns + 2
+        columns = max(case.block_columns + 2, world.columns)
         width = -(-(columns + TABLE_MARGIN) // 16) * 16
         wide = torch.full((len(case.kv_lens) + 2, width), poisoned, dtype=torch.int32)
         start = 0
@@ -159,7 +170,7 @@ class Pages:
             wide[row, TABLE_MARGIN : TABLE_MARGIN + blocks(n)] = order[start : start + blocks(n)]
             start += blocks(n)
         table = wide.to(device)[1:-1, TABLE_MARGIN : TABLE_MARGIN + columns]
-        return cls(table, count)
+        return cls(table, count, first)
 
     def slots(self, case: Case) -> Tensor:
         """Physical slot (page · 128 + offset) of each of the N logical tokens, int64."""
@@ -170,14 +181,18 @@ class Pages:
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.table.device)
 
 
+def far_page(case: Case, index: bool) -> int:
+    """A page id whose page, in the index cache or else the main cache, begins past 2^31 elements."""
+    layers = POOL_LAYERS if case.layout == "pool" else 1
+    return arena.first_page(layers * BLOCK * case.head_dim * (1 if index else 2 * case.kv_heads))
+
+
 def pack_index_cache(inputs: Inputs, pages: Pages, poison: Poison) -> Tensor:
     """Index keys [N, D] as the index cache [page, 128, D], poison wherever no token lives."""
     keys = inputs.idx_k
     assert keys is not None
     layers = POOL_LAYERS if inputs.case.layout == "pool" else 1
-    storage = filled(
-        [pages.count, layers, BLOCK, keys.shape[-1]], poison_value(keys.dtype, poison), keys.dtype, keys.device
-    )
+    storage = _pages([layers, BLOCK, keys.shape[-1]], pages, poison, keys)
     cache = storage[:, layers // 2]
     slots = pages.slots(inputs.case)
     _bytes(cache)[slots // BLOCK, slots % BLOCK] = _bytes(keys)
@@ -202,8 +217,7 @@ def pack_main_cache(inputs: Inputs, pages: Pages, kv_layout: str, poison: Poison
         # logical view: page, k or v, token, head, channel
         order = (0, 1, 2, 3, 4, 5) if case.layout == "nhd" else (0, 1, 2, 4, 3, 5)
         shape = [pages.count, layers, 2, BLOCK, heads, dim]
-    stored = [shape[axis] for axis in order]
-    storage = filled(stored, poison_value(k.dtype, poison), k.dtype, k.device)
+    storage = _pages([shape[axis] for axis in order[1:]], pages, poison, k)
     cache = storage.permute(*(order.index(axis) for axis in range(len(order))))[:, layers // 2]
     slots = pages.slots(case)
     page, offset, raw = slots // BLOCK, slots % BLOCK, _bytes(cache)
@@ -222,9 +236,39 @@ def pack_scale(scale: Tensor | None, case: Case, pages: Pages, poison: Poison) -
         return None
     if scale.dim() == 0:
         return scale.reshape(1).clone()
-    packed = filled([scale.shape[1], pages.count * BLOCK], poison_value(scale.dtype, poison), scale.dtype, scale.device)
+    packed = _slots(scale.shape[1], pages, poison, scale)
     packed[:, pages.slots(case)] = scale.T
     return packed
+
+
+def _pages(shape: list[int], pages: Pages, poison: Poison, like: Tensor) -> Tensor:
+    """Poisoned storage [pages, *shape]; where pages are far, those below the first are mapped and never touched."""
+    value = poison_value(like.dtype, poison)
+    if not pages.first:
+        return filled([pages.count, *shape], value, like.dtype, like.device)
+    count = pages.first + pages.count
+    storage = arena.allocate(count * math.prod(shape), like.dtype, like.device).view(count, *shape)
+    _bytes(storage)[pages.first :] = _bytes(filled([pages.count, *shape], value, like.dtype, like.device))
+    return storage
+
+
+def _slots(heads: int, pages: Pages, poison: Poison, like: Tensor) -> Tensor:
+    """Poisoned storage [heads, slots] of scales."""
+    value = poison_value(like.dtype, poison)
+    if not pages.first:
+        return filled([heads, pages.count * BLOCK], value, like.dtype, like.device)
+    count = (pages.first + pages.count) * BLOCK
+    storage = arena.allocate(heads * count, like.dtype, like.device).view(heads, count)
+    storage[:, pages.first * BLOCK :] = value
+    return storage
+
+
+def oddly_strided(tensor: Tensor) -> Tensor:
+    """The same view, but dimensions of size 1 (not the last) have a stride that means nothing and that no one may use."""
+    if tensor.dim() < 2 or not tensor.numel():
+        return tensor
+    strides = [7919 if tensor.shape[i] == 1 else tensor.stride(i) for i in range(tensor.dim() - 1)]
+    return tensor.as_strided(tensor.shape, (*strides, tensor.stride(-1)), tensor.storage_offset())
 
 
 def lengths(values: Sequence[int], device: torch.device | str) -> Tensor:

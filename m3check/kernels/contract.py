@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from m3check.types import OPS, Inputs, Kernel, M3CheckError
@@ -16,7 +16,7 @@ from m3check.types import OPS, Inputs, Kernel, M3CheckError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from m3check.paging import Guard, Run, World
+    from m3check.paging import Guard, Pages, Run, World
 
 PARAMETERS: Mapping[str, str] = {
     "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
@@ -134,15 +134,52 @@ def _call_chain(kernel: Kernel, inputs: Inputs, world: World) -> Run:
     return total
 
 
+@dataclass
+class Prepared:
+    """A call of one kernel (never a chain) whose physical tensors stand ready; `launch` may be repeated."""
+
+    kernel: Kernel
+    inputs: Inputs
+    arguments: dict[str, Any]
+    buffers: dict[str, Guard]  # what the kernel writes into, the one that holds its result first
+    run: Run
+
+    def launch(self) -> Any:
+        """Call the kernel; returns its result, in physical form."""
+        returned = self.kernel.function(**self.arguments)
+        buffer = next(iter(self.buffers.values()), None)
+        if returned is None and buffer is None:
+            wanted = SIGNATURES[self.kernel.op][1]
+            raise BrokenContract(f"{self.kernel.name} returned None and takes no buffer; {self.kernel.op} returns {wanted}")
+        return returned if returned is not None else buffer.view  # type: ignore[union-attr]
+
+    def take(self, result: Any) -> Run:
+        """The run with a copy of `result` in logical form."""
+        _take(self.run, self.kernel, OPS[self.kernel.op].outputs[0], result, self.inputs)
+        return self.run
+
+
 def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, Tensor]) -> Run:
+    prepared = prepare(kernel, inputs, world, upstream)
+    result = prepared.launch()
+    upstream[OPS[kernel.op].outputs[0]] = result
+    return prepared.take(result)
+
+
+def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str, Tensor] = {}) -> Prepared:
+    """Make the physical tensors of one call; `upstream` holds the results of earlier ops of a chain."""
     from m3check import paging
 
-    op, case = kernel.op, inputs.case
+    op = kernel.op
     accepted = check_signature(op, kernel.function, kernel.name)
     device = next(t for t in (inputs.idx_q, inputs.q, inputs.scores) if t is not None).device
     reads_index = "index_kv_cache" in SIGNATURES[op][0]
-    salted = replace(case, op="") if not world.salt else replace(case, op=world.salt)
-    pages = paging.Pages.shuffled(salted, "index" if reads_index else "main", device)
+    salted = replace(inputs.case, op=world.salt)
+    if world.layout:
+        inputs = replace(inputs, case=replace(inputs.case, layout=world.layout))
+    case = inputs.case
+    first = paging.far_page(case, reads_index) if world.far else 0
+    pages = paging.Pages.shuffled(salted, "index" if reads_index else "main", device, world, first)
     query_len = max(case.query_lens, default=0)
     starts = [request.query_start for request in case.requests()] + [case.total_queries]
 
@@ -158,16 +195,16 @@ def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, 
         "init_blocks": case.init_blocks,
         "local_blocks": case.local_blocks,
         "decode_query_len": query_len,
-        "max_decode_query_len": max(case.max_query_len, query_len),
+        "max_decode_query_len": max(world.max_query_len or case.max_query_len, query_len),
         "sm_scale": inputs.sm_scale,
     }
     if reads_index:
         arguments["idx_q"] = _owned_copy(inputs.idx_q)
         arguments["index_kv_cache"] = paging.pack_index_cache(inputs, pages, world.poison)
     if op == "index_topk":
-        arguments["score"] = upstream["score"] if "score" in upstream else _physical_scores(inputs)
+        arguments["score"] = upstream["score"] if "score" in upstream else _physical_scores(inputs, world)
     if "q" in SIGNATURES[op][0]:
-        arguments["q"] = _queries(inputs)
+        arguments["q"] = _queries(inputs, world)
         arguments["kv_cache"] = paging.pack_main_cache(inputs, pages, kernel.profile.kv_layout, world.poison)
         arguments["topk_idx"] = upstream["ids"] if "ids" in upstream else _owned_copy(inputs.topk_idx)
         arguments["k_scale"] = paging.pack_scale(inputs.k_scale, case, pages, world.poison)
@@ -177,20 +214,27 @@ def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, 
     frozen_names = ("idx_q", "index_kv_cache", "score", "q", "kv_cache", "topk_idx", "k_scale", "v_scale", "block_table",
                     "cu_seqlens_q", "seq_lens", "prefix_lens")  # fmt: skip
     watched = [name for name in frozen_names if name in accepted and arguments.get(name) is not None]
-    run.frozen = [paging.Frozen.of(name, arguments[name]) for name in watched]
-    buffers = _buffers(op, inputs, accepted, device)
+    run.frozen = [paging.Frozen.of(name, arguments[name], _touched(name, arguments[name], pages)) for name in watched]
+    buffers = _buffers(op, inputs, accepted, device, world)
     run.guards = list(buffers.values())
     arguments |= {name: guard.view for name, guard in buffers.items()}
+    if world.odd_strides:
+        tensors = {name: value for name, value in arguments.items() if hasattr(value, "as_strided")}
+        arguments |= {name: paging.oddly_strided(value) for name, value in tensors.items()}
+    return Prepared(kernel, inputs, {name: arguments[name] for name in accepted if name in arguments}, buffers, run)
 
-    returned = kernel.function(**{name: arguments[name] for name in accepted if name in arguments})
-    name = OPS[op].outputs[0]
-    buffer = next(iter(buffers.values()), None)
-    if returned is None and buffer is None:
-        raise BrokenContract(f"{kernel.name} returned None and takes no buffer; {op} returns {SIGNATURES[op][1]}")
-    result = returned if returned is not None else buffer.view  # type: ignore[union-attr]
-    upstream[name] = result
-    _take(run, kernel, name, result, inputs)
-    return run
+
+def _touched(name: str, tensor: Tensor, pages: Pages) -> Tensor | None:
+    """The part of a vast tensor that is in use; None where all of it is."""
+    from m3check.types import BLOCK
+
+    if not pages.first:
+        return None
+    if name in ("index_kv_cache", "kv_cache"):
+        return tensor[pages.first :]
+    if name in ("k_scale", "v_scale") and tensor.dim() == 2:
+        return tensor[:, pages.first * BLOCK :]
+    return None
 
 
 def _take(run: Run, kernel: Kernel, name: str, result: Any, inputs: Inputs) -> None:
@@ -222,40 +266,39 @@ def _take(run: Run, kernel: Kernel, name: str, result: Any, inputs: Inputs) -> N
     run.outputs[name] = result.detach().clone()
 
 
-def _buffers(op: str, inputs: Inputs, accepted: frozenset[str], device: Any) -> dict[str, Guard]:
+def _buffers(op: str, inputs: Inputs, accepted: frozenset[str], device: Any, world: World) -> dict[str, Guard]:
     """The buffers that a kernel writes into, by keyword, the one that holds its result first."""
+    import torch
+
     from m3check import paging
 
     case, strided = inputs.case, inputs.case.layout == "pool"
+    unwritten = paging.poison_value(torch.float32, world.poison)
     buffers: dict[str, Guard] = {}
     if "output" in accepted:
         assert inputs.q is not None
         shape = [case.total_queries, case.heads, case.head_dim]
-        buffers["output"] = paging.guarded("output", shape, float("nan"), inputs.q.dtype, device, strided=strided)
+        buffers["output"] = paging.guarded("output", shape, unwritten, inputs.q.dtype, device, strided=strided)
     if "out" in accepted:
-        import torch
-
         shape = [case.kv_heads, case.total_queries, case.topk]
-        buffers["out"] = paging.guarded("out", shape, paging.IMPOSSIBLE_ID, torch.int32, device, strided=strided)
+        stale = paging.IMPOSSIBLE_ID if world.poison == "nan" else 0
+        buffers["out"] = paging.guarded("out", shape, stale, torch.int32, device, strided=strided)
     if "score_out" in accepted:
-        import torch
-
         shape = [case.kv_heads, case.total_queries, -(-case.block_columns // 16) * 16]
-        buffers["score_out"] = paging.guarded("score_out", shape, float("nan"), torch.float32, device, strided=strided)
+        buffers["score_out"] = paging.guarded("score_out", shape, unwritten, torch.float32, device, strided=strided)
     return buffers
 
 
-def _queries(inputs: Inputs) -> Tensor:
+def _queries(inputs: Inputs, world: World) -> Tensor:
     """Attention queries; in a pool layout they are a slice of a fused QKV row, as a model would have them."""
-    import torch
+    from m3check import paging
 
     q, case = inputs.q, inputs.case
     assert q is not None
     if case.layout != "pool":
         return q.clone()
-    fused = torch.full(
-        (case.total_queries, case.heads + 2 * case.kv_heads, case.head_dim), float("nan"), dtype=q.dtype, device=q.device
-    )
+    shape = [case.total_queries, case.heads + 2 * case.kv_heads, case.head_dim]
+    fused = paging.filled(shape, paging.poison_value(q.dtype, world.poison), q.dtype, q.device)
     fused[:, : case.heads] = q
     return fused[:, : case.heads]
 
@@ -265,18 +308,21 @@ def _owned_copy(tensor: Tensor | None) -> Tensor:
     return tensor.clone()
 
 
-def _physical_scores(inputs: Inputs) -> Tensor:
-    """Scores [H, T, K] with 16-divisible rows; cells of invisible blocks hold NaN, which a kernel must not read."""
+def _physical_scores(inputs: Inputs, world: World) -> Tensor:
+    """Scores [H, T, K] with 16-divisible rows; cells of invisible blocks hold poison, which a kernel must not read."""
     import torch
+
+    from m3check import paging
 
     scores, case = inputs.scores, inputs.case
     assert scores is not None
     columns = max(16, -(-case.block_columns // 16) * 16)
-    wide = torch.full((*scores.shape[:2], columns), float("nan"), dtype=torch.float32, device=scores.device)
+    poison = paging.poison_value(torch.float32, world.poison)
+    wide = torch.full((*scores.shape[:2], columns), poison, dtype=torch.float32, device=scores.device)
     wide[..., : case.block_columns] = scores
     block = torch.arange(case.block_columns, device=scores.device)
     for request in case.requests():
         for i in range(request.query_len):
             row = wide[:, request.query_start + i, : case.block_columns]
-            row[:, block >= request.visible_blocks(i)] = float("nan")
+            row[:, block >= request.visible_blocks(i)] = poison
     return wide

@@ -1,0 +1,41 @@
+"""Memory so large that offsets into it pass 2^31 elements, of which only the touched pages cost anything."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from m3check.types import M3CheckError
+
+REACH = 2**31
+"""Elements that a signed 32-bit offset cannot count."""
+
+NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux's flag, which Python names from 3.13 on: the kernel sets no memory aside."""
+
+
+def allocate(elements: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """`elements` zeros, and REACH more before them: there an offset that wrapped around lands, instead of in a fault.
+
+    On a CPU the memory is mapped and not committed. Raises M3CheckError where there is not that much.
+    """
+    size = (elements + REACH) * dtype.itemsize
+    if torch.device(device).type == "cpu":
+        try:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+            raw = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
+        except (OSError, ValueError) as error:
+            raise M3CheckError(f"{size >> 30} GB of address space cannot be mapped: {error}") from error
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
+        if free < 2 * size:
+            raise M3CheckError(f"{size >> 30} GB are needed twice over and {free >> 30} GB are free on {device}")
+        raw = torch.zeros(size, dtype=torch.uint8, device=device)
+    return raw.view(dtype)[REACH:]
+
+
+def first_page(page_elements: int) -> int:
+    """The lowest page id whose page of `page_elements` begins past REACH elements."""
+    return REACH // page_elements + 1
