@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from m3check.cases import stream
+from m3check.cases import probes, stream
 from m3check.cases.validity import is_fp8
 from m3check.types import BLOCK, Case
 
@@ -244,6 +244,8 @@ class Fill:
 
     name: str
     make: Callable[[Draw], Tensor]
+    complaint: Callable[[Case], str | None] = lambda case: None
+    """Why a case does not go with it, as one sentence; None where it does."""
 
     @property
     def summary(self) -> str:
@@ -256,4 +258,10 @@ FILLS: Mapping[str, Fill] = {
     "integer": Fill("integer", integer),
     "wide": Fill("wide", wide),
     "ties": Fill("ties", ties),
+    "membership": Fill("membership", probes.membership, probes.attends_unscaled),
+    "needle": Fill("needle", probes.needle, probes.attends),
+    "two_keys": Fill("two_keys", probes.two_keys, probes.attends_unscaled),
+    "edge_up": Fill("edge_up", probes.edge_up, probes.scores),
+    "edge_down": Fill("edge_down", probes.edge_down, probes.scores),
+    "odd": Fill("odd", probes.odd, probes.selects),
 }

@@ -67,7 +67,7 @@ def complaint(case: Case) -> str | None:
     for field, known in KNOWN.items():
         if getattr(case, field) not in known():
             return f"unknown {field} {getattr(case, field)!r}; known: {', '.join(known())}"
-    return _numbers(case) or _lengths(case) or _unread(case) or _dtypes(case)
+    return _numbers(case) or _lengths(case) or _unread(case) or _dtypes(case) or _fill(case)
 
 
 def validate(case: Case) -> None:
@@ -127,6 +127,12 @@ def _unread(case: Case) -> str | None:
 def reads_main_cache(op: str) -> bool:
     """Whether an op attends, alone or at the end of a chain."""
     return "gqa" in READS[op]
+
+
+def _fill(case: Case) -> str | None:
+    from m3check.cases.fills import FILLS
+
+    return FILLS[case.fill].complaint(case)
 
 
 def _dtypes(case: Case) -> str | None:
