@@ -50,7 +50,7 @@ def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Half the distance between neighbours of `dtype` around each |x| (fp64), half the smallest subnormal at least."""
     form = FORMATS[dtype]
     _, exponent = torch.frexp(x.double())  # |x| = m · 2^exponent with m in [1/2, 1)
-    exponent = exponent.clamp(min=form.smallest + 1)
+    exponent = exponent.where(x != 0, form.smallest + 1).clamp(min=form.smallest + 1)  # frexp gives 0 for 0
     return torch.exp2((exponent - 1 - form.significand).double())
 
 

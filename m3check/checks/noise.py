@@ -131,7 +131,7 @@ def noise(
         flushed = torch.minimum(weight, 2.0**-25 * weight.amax(-1, keepdim=True))
         bias = bias + flushed @ pairs.v_abs
     if setting.pv.operand_bits is not None:
-        bias = bias + 2.0 ** (1 - setting.pv.operand_bits) * size
+        bias = bias + 2.0 ** (1 - setting.pv.operand_bits) * (size + o.abs())  # values are cut; so are weights, all one way
 
     spread = torch.minimum(deviations * (from_tokens + own).sqrt(), most) + bias
     half = half_ulp(expected.abs() + spread.double() * pairs.unit, dtype) / pairs.unit
