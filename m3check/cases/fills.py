@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from m3check.cases import probes, stream
+from m3check.cases import probes, scorefills, stream
 from m3check.cases.validity import is_fp8
 from m3check.types import BLOCK, Case
 
@@ -261,7 +261,7 @@ FILLS: Mapping[str, Fill] = {
     "membership": Fill("membership", probes.membership, probes.attends_unscaled),
     "needle": Fill("needle", probes.needle, probes.attends),
     "two_keys": Fill("two_keys", probes.two_keys, probes.attends_unscaled),
-    "edge_up": Fill("edge_up", probes.edge_up, probes.scores),
-    "edge_down": Fill("edge_down", probes.edge_down, probes.scores),
-    "odd": Fill("odd", probes.odd, probes.selects),
+    "edge_up": Fill("edge_up", scorefills.edge_up, scorefills.scores),
+    "edge_down": Fill("edge_down", scorefills.edge_down, scorefills.scores),
+    "odd": Fill("odd", scorefills.odd, scorefills.selects),
 }

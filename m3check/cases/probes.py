@@ -1,26 +1,26 @@
-"""Fills whose right answer is known token by token: each small function makes one tensor of one probe.
+"""Fills that ask attention which tokens it read: each small function makes one tensor of one probe.
 
-A key or a value says which token it belongs to, in digits that every dtype holds exactly. Blocks are told apart by a
-*mark*: the blocks that one row lists have different marks, whatever the context (`marks`). What the answers say is read in
-m3check/checks/probes.py from the tensors alone.
+A key or a value says which token it belongs to, in digits that every dtype holds exactly: its offset, and the mark of its
+block (marks.py). What the answers say is read in m3check/checks/probes.py, from the tensors alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from m3check.cases.validity import is_fp8
-from m3check.types import BLOCK, Case, Request
+from m3check.cases import stream
+from m3check.cases.marks import marked_rows, offsets_and_marks
+from m3check.types import BLOCK, Case
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from m3check.cases.fills import Draw
 
 ATTENTION = frozenset({"sparse_attn", "sparse_attn_decode"})
-SCORING = frozenset({"index_score", "index_decode_score", "index_decode"})
 DIMS = (64, 128)
 
 
@@ -40,21 +40,6 @@ def attends_unscaled(case: Case) -> str | None:
     return attends(case)
 
 
-def scores(case: Case) -> str | None:
-    """Why a case cannot ask which key gave a block its score."""
-    if case.op not in SCORING:
-        return f"fill={case.fill} asks block scores; it goes with {', '.join(sorted(SCORING))}"
-    return None if case.head_dim >= 16 else f"fill={case.fill} needs 16 channels, got d={case.head_dim}"
-
-
-def selects(case: Case) -> str | None:
-    """Why a case cannot put any score that it likes before a selection."""
-    return None if case.op == "index_topk" else f"fill={case.fill} writes scores themselves; it goes with index_topk"
-
-
-# membership ----------------------------------------------------------------------------------------------------------
-
-
 def membership(draw: Draw) -> Tensor:
     """Queries are 0, so that all weights are equal and the output times their number counts the attended tokens.
 
@@ -66,18 +51,16 @@ def membership(draw: Draw) -> Tensor:
     import torch
 
     if draw.role == "q":
-        return torch.zeros(draw.shape, dtype=_torch_dtype(draw), device=draw.device)
+        return made(torch.zeros(draw.shape), draw)
     if draw.role != "v":
-        return _normal(draw)
+        return draw.look_up(stream.normal_quantiles())
     half = draw.case.head_dim // 2
-    offset, mark = _offsets_and_marks(draw, draw.case.head_dim // 8)
+    offset, mark = offsets_and_marks(draw.case, draw.case.head_dim // 8)
     value = torch.zeros(draw.shape)
     value.scatter_(2, (offset % half)[..., None], 1.0)
     value.scatter_(2, (half + 4 * mark.clamp(min=0) + offset // 32)[..., None], 1.0)
-    return _made(value * (mark >= 0)[..., None], draw)
+    return made(value * (mark >= 0)[..., None], draw)
 
-
-# needle and two_keys -------------------------------------------------------------------------------------------------
 
 HIGH, LOW = 8, 16
 """Digits of an offset within a block."""
@@ -95,7 +78,7 @@ Picks = dict[tuple[int, int], tuple[int, int]]
 
 
 def needle(draw: Draw) -> Tensor:
-    """One key outweighs all others of its row by 2^160, so that the output is its value; heads and rows take block edges."""
+    """One key outweighs all others of its row by 2^160, so that the output is its value; heads and rows take edges."""
     if draw.role == "v":
         return _values_apart(draw)
     return _digit_keys(draw) if draw.role == "k" else _pointing(draw, pairs=False)
@@ -104,12 +87,12 @@ def needle(draw: Draw) -> Tensor:
 def two_keys(draw: Draw) -> Tensor:
     """Two keys of a row, 4, 8 or 10 nats apart, outweigh all others: the heavier has value 0, the other 1.
 
-    They differ in one digit, so they share a 16-token run, a block, or stand in different blocks and so in different chunks.
+    They differ in one digit, so they share a 16-token run or a block, or stand in different blocks and maybe chunks.
     """
     if draw.role == "v":
-        offset, mark = _offsets_and_marks(draw, draw.case.head_dim - HIGH - LOW)
+        offset, mark = offsets_and_marks(draw.case, draw.case.head_dim - HIGH - LOW)
         odd = (offset // LOW + offset + mark) % 2
-        return _made(odd[..., None].float().expand(draw.shape), draw)
+        return made(odd[..., None].float().expand(draw.shape), draw)
     return _digit_keys(draw) if draw.role == "k" else _pointing(draw, pairs=True)
 
 
@@ -117,11 +100,11 @@ def _digit_keys(draw: Draw) -> Tensor:
     """Keys [N, Hkv, D]: one-hot in the offset's high digit, its low digit and the block's mark; 0 in unmarked blocks."""
     import torch
 
-    offset, mark = _offsets_and_marks(draw, draw.case.head_dim - HIGH - LOW)
+    offset, mark = offsets_and_marks(draw.case, draw.case.head_dim - HIGH - LOW)
     keys = torch.zeros(draw.shape)
     for channel in (offset // LOW, HIGH + offset % LOW, HIGH + LOW + mark.clamp(min=0)):
         keys.scatter_(2, channel[..., None], KEY)
-    return _made(keys * (mark >= 0)[..., None], draw)
+    return made(keys * (mark >= 0)[..., None], draw)
 
 
 def _pointing(draw: Draw, pairs: bool) -> Tensor:
@@ -130,8 +113,6 @@ def _pointing(draw: Draw, pairs: bool) -> Tensor:
     A digit that matches adds `unit`, one that does not takes two of them away, so that three matches are above 0 and
     anything else is not: no positive scale of a key changes that.
     """
-    import math
-
     import torch
 
     case, size = draw.case, draw.case.head_dim - HIGH - LOW
@@ -139,7 +120,7 @@ def _pointing(draw: Draw, pairs: bool) -> Tensor:
     unit = math.ceil(2 * NATS * root / (3 * KEY))  # keys' scales are at least a half
     starts = (0, HIGH, HIGH + LOW)
     q = torch.full(draw.shape, -2.0 * unit)
-    for head, request, i, listed, mark in _rows(draw, size):
+    for head, request, i, listed, mark in marked_rows(draw.case, size):
         row = request.query_start + i
         seen = {b: min(BLOCK, request.position(i) + 1 - b * BLOCK) for b in listed if mark[b] >= 0}
         if not seen:
@@ -154,7 +135,7 @@ def _pointing(draw: Draw, pairs: bool) -> Tensor:
             for start, digit, also in zip(starts, one, two, strict=True):
                 query[start + digit] = unit + (gap if digit != also else 0)
                 query[start + also] = unit if digit != also else query[start + digit]
-    return _made(q, draw)
+    return made(q, draw)
 
 
 def _edge(seen: Mapping[int, int], turn: int) -> tuple[int, int]:
@@ -165,8 +146,8 @@ def _edge(seen: Mapping[int, int], turn: int) -> tuple[int, int]:
     return edges[turn % len(edges)]
 
 
-def _pair(seen: Mapping[int, int], mark: Mapping[int, int], turn: int) -> tuple[int, int, int, int]:
-    """(block, offset, other block, other offset): the heavier key of even label, then one of odd label; one digit differs."""
+def _pair(seen: Mapping[int, int], mark: Sequence[int], turn: int) -> tuple[int, int, int, int]:
+    """(block, offset, other block, other offset): the heavier key of even label, the other of odd label."""
     listed = list(seen)
     choices: list[tuple[int, int, int, int]] = []
     for a, b in _far_first(listed):
@@ -188,7 +169,7 @@ def _pair(seen: Mapping[int, int], mark: Mapping[int, int], turn: int) -> tuple[
 
 def _far_first(listed: list[int]) -> Iterator[tuple[int, int]]:
     """Pairs of slots: the ends of the list, neighbours, then all others."""
-    ends = [(listed[0], listed[-1])] + list(zip(listed, listed[1:], strict=False))
+    ends = [(listed[0], listed[-1]), *pairwise(listed)]
     yield from dict.fromkeys(ends)
     for i, a in enumerate(listed):
         yield from ((a, b) for b in listed[i + 2 :] if (a, b) != ends[0])
@@ -210,159 +191,8 @@ def _values_apart(draw: Draw) -> Tensor:
     return draw.look_up(np.array(table, dtype=np.float64))
 
 
-# edge_up and edge_down -----------------------------------------------------------------------------------------------
-
-
-def edge_up(draw: Draw) -> Tensor:
-    """A key's score is its position + 1 (+ a constant of the row and head): a block's maximum names its last visible token."""
-    return _edge_scores(draw, 1.0)
-
-
-def edge_down(draw: Draw) -> Tensor:
-    """A key's score is -(position + 1) and the like: a block's maximum, below 0, names its first token."""
-    return _edge_scores(draw, -1.0)
-
-
-def _edge_scores(draw: Draw, sign: float) -> Tensor:
-    """Positions in base-8 digits, each in its own channel, its weight shared between query and key: exact in every dtype.
-
-    No sum of |q·k| reaches 2^12 where an operand is fp8, so that the positions start again after 31 blocks; 2^23 otherwise.
-    """
-    import torch
-
-    from m3check.cases.fills import index_dtypes
-
-    case, dim = draw.case, draw.case.head_dim
-    narrow = any(is_fp8(word) for word in index_dtypes(case))
-    digits, cycle = (4, 2**12 - BLOCK) if narrow else (7, 2**21 - BLOCK)
-    channels = [(5 + 17 * i) % dim for i in range(digits + 1)]
-    out = torch.zeros(draw.shape)
-    if draw.role == "idx_q":
-        row, head = torch.arange(draw.shape[0])[:, None], torch.arange(draw.shape[1])
-        out[..., channels[-1]] = sign * ((row + 3 * head) % 8)
-        for i in range(digits):
-            out[..., channels[i]] = sign * 2.0 ** (3 * i - 3 * i // 2)
-    else:
-        code = 1 + torch.cat([torch.arange(n) for n in case.kv_lens]) % cycle
-        out[..., channels[-1]] = 1.0
-        for i in range(digits):
-            out[..., channels[i]] = (code >> 3 * i & 7) * 2.0 ** (3 * i // 2)
-    return _made(out, draw)
-
-
-# odd -----------------------------------------------------------------------------------------------------------------
-
-ODD_KINDS = ("half_nan", "most_nan", "all_nan", "infinities", "most_minus_inf", "signed_zeros", "huge")
-
-
-def odd(draw: Draw) -> Tensor:
-    """Rows of scores out of the ordinary, by (head + row) mod 7: NaN in 50, 83 or 100 %, infinities, -0, 1e29 and more."""
-    import numpy as np
-    import torch
-
-    from m3check.cases import stream
-
-    plain = draw.look_up(np.round(stream.normal_quantiles() * 256) / 256)
-    die = draw.look_up(np.array(np.arange(stream.ENTRIES) % 6, dtype=np.float64))
-    nan, inf = float("nan"), float("inf")
-    huge = plain.clone()
-    for i, value in enumerate((1e29, 2e29, 1e30, 3e38, -3e38)):
-        huge = torch.where(die == i, value, huge)
-    by_kind = (
-        torch.where(die % 2 == 0, nan, plain),
-        torch.where(die > 0, nan, plain),
-        torch.full_like(plain, nan),
-        torch.where(die == 0, inf, torch.where(die == 1, -inf, plain)),
-        torch.where(die > 0, -inf, plain),
-        torch.where(die < 3, -0.0, torch.where(die == 3, 0.0, plain / 256)),
-        huge,
-    )
-    kind = (draw.arange(0) + draw.arange(1)) % len(ODD_KINDS)
-    out = by_kind[0]
-    for i, values in enumerate(by_kind):
-        out = torch.where(kind == i, values, out)
-    return out
-
-
-# marks ---------------------------------------------------------------------------------------------------------------
-
-
-def _lists(case: Case) -> list[list[list[int]]]:
-    """[H][T] the valid ids of each row, in the order of its list."""
-    from m3check.cases.ident import case_id
-    from m3check.cases.selections import SELECTIONS, visible_blocks
-    from m3check.cases.stream import Stream
-
-    ids = SELECTIONS[case.ids](case, Stream(f"{case_id(case)}#ids"))
-    visible = visible_blocks(case)
-    return [[[b for b in row if 0 <= b < n] for row, n in zip(head, visible, strict=True)] for head in ids.tolist()]
-
-
-def marks(lists: list[list[int]], count: int, blocks: int, part: int) -> list[int]:
-    """A mark below `count` for each of a request's blocks, different ones for the blocks that one row lists.
-
-    Where a row lists more blocks than there are marks, those of its `part` come first and -1 stands for none. Blocks that no
-    row lists have marks as well, so that a kernel that reads them is seen.
-    """
-    of: list[int | None] = [None] * blocks
-    rows_of: dict[int, list[int]] = {}
-    for row, listed in enumerate(lists):
-        for block in listed:
-            rows_of.setdefault(block, []).append(row)
-    used: list[set[int]] = [set() for _ in lists]
-    for listed in lists:
-        start = part * count % max(len(listed), 1)
-        for block in listed[start:] + listed[:start]:
-            if of[block] is None:
-                taken = set[int]().union(*(used[row] for row in rows_of[block]))
-                mark = of[block] = next((mark for mark in range(count) if mark not in taken), -1)
-                for row in rows_of[block]:
-                    used[row].add(mark)
-    return [block % count if mark is None else mark for block, mark in enumerate(of)]
-
-
-def _marked(draw: Draw, count: int) -> Iterator[tuple[int, Request, list[list[int]], list[int]]]:
-    """(kv head, request, its rows' lists, its blocks' marks)."""
-    case = draw.case
-    for head, rows in enumerate(_lists(case)):
-        for request in case.requests():
-            lists = rows[request.queries]
-            part = head + request.index + case.seed
-            yield head, request, lists, marks(lists, count, -(-request.kv_len // BLOCK), part)
-
-
-def _rows(draw: Draw, count: int) -> Iterator[tuple[int, Request, int, list[int], list[int]]]:
-    """(kv head, request, query, its list, marks of the request's blocks)."""
-    for head, request, lists, mark in _marked(draw, count):
-        for i, listed in enumerate(lists):
-            yield head, request, i, listed, mark
-
-
-def _offsets_and_marks(draw: Draw, count: int) -> tuple[Tensor, Tensor]:
-    """(offset within its block, mark of its block) of every token: [N, Hkv] int64."""
-    import torch
-
-    case = draw.case
-    mark = torch.full((case.total_tokens, case.kv_heads), -1)
-    for head, request, _, of in _marked(draw, count):
-        if of:
-            mark[request.tokens, head] = torch.tensor(of).repeat_interleave(BLOCK)[: request.kv_len]
-    offset = torch.cat([torch.arange(n) % BLOCK for n in case.kv_lens])
-    return offset[:, None].expand_as(mark), mark
-
-
-def _normal(draw: Draw) -> Tensor:
-    from m3check.cases import stream
-
-    return draw.look_up(stream.normal_quantiles())
-
-
-def _made(values: Tensor, draw: Draw) -> Tensor:
-    """Values that the dtype holds (or rounds alike everywhere), on the device."""
-    return values.to(_torch_dtype(draw)).to(draw.device)
-
-
-def _torch_dtype(draw: Draw) -> torch.dtype:
+def made(values: Tensor, draw: Draw) -> Tensor:
+    """Values in the dtype and on the device of a draw."""
     from m3check.paging import torch_dtype
 
-    return torch_dtype(draw.dtype)
+    return values.to(torch_dtype(draw.dtype)).to(draw.device)
