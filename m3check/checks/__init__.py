@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.checks import attention, finite, integrity, scores, selection
+from m3check.checks import attention, finite, integrity, probes, scores, selection
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.types import OPS, Finding, Inputs, Outputs, Status
@@ -54,6 +54,14 @@ CHECKS: tuple[Check, ...] = (
           attention.check_tokens),
     Check("scale", "out", "another softmax scale, a factor on the output", "changes below the noise of a row",
           attention.check_scale),
+    Check("membership", "out", "which tokens were attended, how often (fill=membership)", "weights; q and k",
+          probes.check_membership),
+    Check("needle", "out", "a token that has all the weight not read, or another one (fill=needle)", "all other tokens",
+          probes.check_needle),
+    Check("two_keys", "out", "base of the exponential, softmax scale, merge (fill=two_keys)", "all other tokens",
+          probes.check_two_keys),
+    Check("edges", "score", "which key gave a block its maximum (fill=edge_up, edge_down)", "keys inside a block",
+          probes.check_edges),
     Check("guards", "", "writes around and between the rows of a buffer", "memory that nobody watches",
           integrity.check_guards),
     Check("inputs", "", "writes into inputs", "a value written back unchanged", integrity.check_inputs),
