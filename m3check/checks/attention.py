@@ -17,7 +17,6 @@ from m3check.checks.rowkinds import dead_rows, promised_rows, valid_ids
 from m3check.checks.view import View
 from m3check.types import BLOCK, Finding, Status
 
-
 EQUAL_CHANNELS = frozenset({"membership"})
 """Fills where many channels hold one number and round alike: statistics over channels say nothing, probes.py counts."""
 

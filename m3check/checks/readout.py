@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,12 @@ MOST = 4
 class Count:
     """One row's counts: D/2 channels by offset, D/2 by (mark of the block, quarter of the block)."""
 
-    counted: Tensor  # [D] output times n, fp64, n fitted
+    counted: Tensor  # [D] output times the number of tokens that the kernel seems to have attended to, fp64
     wanted: Tensor  # [D] int64
     mark: list[int]  # of each block of the request, -1 for none
     listed: list[int]  # blocks that the row lists
     position: int
     number: int  # tokens that the row attends to
-    fitted: int  # tokens that the kernel seems to have attended to
 
     @classmethod
     def of(cls, view: View, row: int, head: int, number: int) -> Count:
@@ -38,14 +38,10 @@ class Count:
         mark = first.argmax(-1).div(4, rounding_mode="floor").where(first.any(-1), -1).tolist()
         out = view.actual("out")[row, head].double()
         wanted = (view.expected_out[row, head].double() * number).round()
-        there = wanted > 0
-        # A lost token makes all others heavier: most channels tell by how much.
-        ratio = float((out[there] * number / wanted[there]).median()) if there.any() else 1.0
-        fitted = round(number / ratio) if ratio > 0 else 0
         ids = view.attended[kv_head, row]
         listed = ids[(ids >= 0) & (ids < view.rows.visible[row])].unique().tolist()
-        counted = out * number / ratio if ratio > 0 else out * number
-        return cls(counted, wanted.long(), mark, listed, int(view.rows.position[row]), number, fitted)
+        ratio = _heavier(out * number, wanted)
+        return cls(out * number / ratio, wanted.long(), mark, listed, int(view.rows.position[row]), number)
 
     @property
     def half(self) -> int:
@@ -53,19 +49,33 @@ class Count:
         return len(self.wanted) // 2
 
 
+def _heavier(counted: Tensor, wanted: Tensor) -> float:
+    """How much heavier each weight is because other tokens are missing: what makes both halves count the same tokens."""
+    half = len(wanted) // 2
+    best = (1, math.inf, 1.0)
+    for part in (slice(0, None), slice(half, None), slice(0, half)):
+        there = (wanted[part] > 0) & (counted[part] > 0.5)
+        ratio = float((counted[part][there] / wanted[part][there]).median()) if there.any() else 1.0
+        for guess in (1.0, ratio):
+            off = (counted / guess).round() - wanted
+            uneven = int(off[:half].sum() != off[half:].sum())
+            best = min(best, (uneven, float(off.abs().sum()), guess))
+    return best[2]
+
+
 def told(count: Count) -> str:
     """What was attended wrongly, e.g. `token 4224 attended twice; tokens 128–255 missing`."""
     if not (count.counted > 0.5).any():
         return "no token attended: the row is zero"
     whole = count.counted.round()
-    about = f"as if {count.fitted} tokens were attended, wanted {count.number}"
     if (count.counted - whole).abs().max() > 0.4:
-        return f"weights are not equal though all logits are 0 ({about})"
+        return f"the {count.number} tokens do not weigh the same, though all logits are 0"
     off = whole.long() - count.wanted
+    about = f"{count.number + int(off[count.half :].sum())} tokens attended, wanted {count.number}"
     by_offset, by_block = off[: count.half].clone(), off[count.half :].view(-1, 4).clone()
     said = _blocks(count, by_offset, by_block) + _tokens(count, by_offset, by_block)
     if by_offset.any() or by_block.any():
-        said.append(_rest(by_offset, by_block))
+        said.append(_rest(count, by_offset, by_block))
     text = "; ".join(said[:MOST]) + (f"; and {len(said) - MOST} more" if len(said) > MOST else "")
     return f"{text} ({about})" if said else f"counts are whole but {about}"
 
@@ -84,35 +94,48 @@ def _some(numbers: list[int]) -> str:
     return shown + (", …" if len(numbers) > MOST else "")
 
 
+def _runs(count: Count, block: int | None) -> list[int]:
+    """Tokens in each quarter of a block that the row may see; all of them in a block that it does not list."""
+    listed = block is not None and block in count.listed
+    seen = min(BLOCK, count.position + 1 - (block or 0) * BLOCK) if listed else BLOCK
+    return [max(0, min(QUARTER, seen - quarter * QUARTER)) for quarter in range(4)]
+
+
 def _blocks(count: Count, by_offset: Tensor, by_block: Tensor) -> list[str]:
-    """Whole blocks, or whole runs of 32 tokens, that are missing or there again; taken off the counts."""
+    """Whole blocks, then whole runs of 32 tokens, that are missing or there again; taken off the counts."""
     said = []
-    for mark in range(len(by_block)):
-        block, other = _owner(count, mark, bool((by_block[mark] > 0).any()))
-        if not by_block[mark].any():
-            continue
-        seen = BLOCK if block is None or block not in count.listed else min(BLOCK, count.position + 1 - block * BLOCK)
-        runs = [max(0, min(QUARTER, seen - quarter * QUARTER)) for quarter in range(4)]
-        quarters = []
-        for quarter, n in enumerate(runs):
-            change = int(by_block[mark, quarter])
-            times = change // n if n and change % n == 0 else 0
-            offsets = torch.arange(quarter * QUARTER, quarter * QUARTER + n, device=by_offset.device)
-            room = by_offset[offsets % count.half] * (1 if change > 0 else -1)
-            if times and n > 1 and bool((room >= abs(times)).all()):
-                by_offset.index_add_(0, offsets % count.half, torch.full_like(offsets, -times))
-                by_block[mark, quarter] = 0
-                quarters.append((quarter * QUARTER, n, times))
-        while quarters:
-            first, n, times = quarters.pop(0)
-            while quarters and quarters[0][0] == first + n and quarters[0][2] == times:
-                n += quarters.pop(0)[1]
-            if block is None or block not in count.listed:
-                said.append(f"{n} tokens of {other} attended")
-            else:
-                low = block * BLOCK + first
-                what = "missing" if times < 0 else "attended twice" if times == 1 else f"attended {times + 1} times"
-                said.append(f"tokens {low}–{low + n - 1} {what}{other}")
+    for whole in (True, False):
+        for mark in by_block.any(-1).nonzero().flatten().tolist():
+            block, other = _owner(count, mark, bool((by_block[mark] > 0).any()))
+            runs = _runs(count, block)
+            change = by_block[mark].tolist()
+            times = [c // n if n and c % n == 0 else 0 for c, n in zip(change, runs, strict=True)]
+            if whole and (sum(runs) < 2 or len({t for t, n in zip(times, runs, strict=True) if n}) > 1):
+                continue
+            found = []
+            for quarter, (n, t) in enumerate(zip(runs, times, strict=True)):
+                place = torch.arange(quarter * QUARTER, quarter * QUARTER + n, device=by_offset.device) % count.half
+                if t and n and (whole or (n > 1 and bool((by_offset[place] * t >= t * t).all()))):
+                    by_offset.index_add_(0, place, torch.full_like(place, -t))
+                    by_block[mark, quarter] = 0
+                    found.append((quarter * QUARTER, n, t))
+            said += _spans(block if block in count.listed else None, other, found)
+    return said
+
+
+def _spans(block: int | None, other: str, found: list[tuple[int, int, int]]) -> list[str]:
+    """(first offset, tokens, times) of a block in words, neighbours joined."""
+    said = []
+    while found:
+        first, n, times = found.pop(0)
+        while found and found[0][0] == first + n and found[0][2] == times:
+            n += found.pop(0)[1]
+        if block is None:
+            said.append(f"{n} tokens of {other} attended")
+        else:
+            low = block * BLOCK + first
+            what = "missing" if times < 0 else "attended twice" if times == 1 else f"attended {times + 1} times"
+            said.append(f"tokens {low}–{low + n - 1} {what}{other}")
     return said
 
 
@@ -153,9 +176,14 @@ def _token(count: Count, block: int | None, other: str, offset: int, change: int
     return f"token {token} attended {'twice' if change == 1 else f'{change + 1} times'}{other}"
 
 
-def _rest(by_offset: Tensor, by_block: Tensor) -> str:
-    """What does not name tokens: how many are too few or too many, by offset."""
-    half = by_block if by_block.any() else by_offset
-    few, many = int(-half.clamp(max=0).sum()), int(half.clamp(min=0).sum())
+def _rest(count: Count, by_offset: Tensor, by_block: Tensor) -> str:
+    """What could be several sets of tokens: how many of which runs, and at which offsets."""
+    parts = []
+    for mark, quarter in by_block.nonzero().tolist():
+        block, other = _owner(count, mark, False)
+        change, low = int(by_block[mark, quarter]), (block or 0) * BLOCK + quarter * QUARTER
+        run = f"tokens {low}–{low + QUARTER - 1}" if block in count.listed else other
+        parts.append(f"{abs(change)} {'missing' if change < 0 else 'too many'} of {run}")
     offsets = by_offset.nonzero().flatten().tolist()
-    return f"{few} tokens missing and {many} too many, at offsets {_some(offsets)} (modulo {len(by_offset)})"
+    at = f", at offsets {_some(offsets)} (modulo {len(by_offset)})" if offsets else ""
+    return "; ".join(parts[:MOST]) + (f"; and {len(parts) - MOST} runs more" if len(parts) > MOST else "") + at
