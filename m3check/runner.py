@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from m3check import arch as arches
-from m3check import cases, kernels
+from m3check import cases, invariants, kernels, rerun
 from m3check.arch import FP32, Accumulator, Arch
 from m3check.expression import matcher
-from m3check.types import OPS, Case, Evidence, Finding, Kernel, M3CheckError, PlanLine, Result, Status
+from m3check.types import (
+    OPS,
+    Case,
+    Evidence,
+    Finding,
+    Inputs,
+    Kernel,
+    M3CheckError,
+    Outputs,
+    PlanLine,
+    Result,
+    Status,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from m3check import checks
     from m3check.config import RunOptions
     from m3check.device import Launches
-    from m3check.paging import Run
+    from m3check.paging import Run, World
+
+Answer = TypeVar("Answer")
+Rule: TypeAlias = Literal["rounded", "folded"]
 
 
 def evidence_for(arch: Arch) -> tuple[Evidence, int, str]:
@@ -61,14 +77,30 @@ def plan(options: RunOptions) -> list[PlanLine]:
     arch = arches.find_arch(options.arch)
     evidence, _, why = evidence_for(arch)
     lines = []
+    everything = chosen_cases(replace(options, shard=(1, 1)))  # invariants must not depend on how a run is cut up
+    due = chosen_cases(options)
     for text in options.kernels:
         spec = kernels.parse_spec(text)
-        for case in chosen_cases(options):
+        shown = _invariants(options, everything, spec, arch, evidence)
+        for case in due:
             skip = kernels.refuses(spec, case, arch, evidence)
             if skip is None and options.tier == "production" and not options.cases and evidence != "device":
                 skip = f"needs a device ({why}); {cases.case_cost(case)}"
-            lines.append(PlanLine(cases.case_id(case), case.op, text, evidence, skip))
+            name = cases.case_id(case)
+            lines.append(PlanLine(name, case.op, text, evidence, skip, shown.get(name, ())))
     return lines
+
+
+def _invariants(
+    options: RunOptions, chosen: Sequence[Case], spec: kernels.Spec, arch: Arch, evidence: Evidence
+) -> dict[str, tuple[str, ...]]:
+    """Which case shows which invariants on one provider; a case that was named shows all that fit, as any run may have."""
+    if options.cases:
+        return {cases.case_id(case): invariants.fitting(case, evidence) for case in chosen}
+    able = [case for case in chosen if kernels.refuses(spec, case, arch, evidence) is None]
+    return invariants.assign(
+        ((cases.case_id(case), case, cases.cost(case, evidence)) for case in able), evidence, options.tier
+    )
 
 
 def repro(line: PlanLine, options: RunOptions) -> str:
@@ -116,7 +148,7 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
     if refusal is not None:
         return result(Status.SKIPPED, refusal)
     try:
-        findings = _judge(case, kernel, session)
+        findings = _judge(case, kernel, session, line.invariants)
     except KernelRaised as error:
         return result(Status.ERROR, str(error))
     except M3CheckError as error:
@@ -144,11 +176,11 @@ class KernelRaised(Exception):
     """A kernel raised instead of answering."""
 
 
-def _judge(case: Case, kernel: Kernel, session: Session) -> list[Finding]:
-    from m3check import checks, reference
+def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -> list[Finding]:
+    from m3check import checks
 
     inputs = cases.make_inputs(case, session.device)
-    run, launches = _call(kernel, inputs, session)
+    run, launches = call(kernel, inputs, session)
     dot, pv = _accumulators(case, launches, session)
     setting = checks.Setting(
         profile=kernel.profile,
@@ -157,46 +189,86 @@ def _judge(case: Case, kernel: Kernel, session: Session) -> list[Finding]:
         dot=dot,
         pv=pv,
     )
-    scaled = inputs.k_scale is not None
-    rules: tuple[Literal["rounded", "folded"], ...] = ("rounded", "folded") if scaled else ("rounded",)
-    if kernel.profile.dequantise != "either":
-        rules = (kernel.profile.dequantise,)
-    best: list[Finding] | None = None
-    for rule in rules:
+    judge = Judge(inputs, setting)
+    findings = judge(inputs, run)
+    if names and not _red(findings):  # a result that is red already needs no further cause
+        findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
+    return findings
+
+
+class Judge:
+    """All comparisons of a run with the reference; what the reference says of the case's own inputs is worked out once."""
+
+    def __init__(self, inputs: Inputs, setting: checks.Setting) -> None:
+        self._own = inputs
+        self._setting = setting
+        self._known: dict[str, tuple[Inputs, Outputs]] = {}
+
+    def __call__(self, inputs: Inputs, run: Run) -> list[Finding]:
+        """Findings by the rule of dequantisation that the profile promises, or the one that explains the run best."""
+        from m3check import checks, reference
+
+        rules: tuple[Rule, ...] = ("rounded", "folded") if inputs.k_scale is not None else ("rounded",)
+        if self._setting.profile.dequantise != "either":
+            rules = (self._setting.profile.dequantise,)
+        best: list[Finding] | None = None
+        for rule in rules:
+            problem, expected = self._reference(inputs, rule)
+
+            def attend(ids: torch.Tensor, problem: Inputs = problem) -> Outputs:
+                op = "sparse_attn" if OPS[problem.case.op].phase == "prefill" else "sparse_attn_decode"
+                return reference.expected(replace(problem, case=replace(problem.case, op=op), topk_idx=ids))
+
+            findings = checks.compare(problem, run, expected, self._setting, attend)
+            if best is None or _red(findings) < _red(best):
+                best = findings
+            if not _red(best):
+                break
+        assert best is not None
+        return best
+
+    def _reference(self, inputs: Inputs, rule: Rule) -> tuple[Inputs, Outputs]:
+        from m3check import reference
+
+        if inputs is self._own and rule in self._known:
+            return self._known[rule]
         problem = reference.dequantised(inputs, rule)
-
-        def attend(ids: torch.Tensor, problem: Any = problem) -> Any:
-            op = "sparse_attn" if OPS[case.op].phase == "prefill" else "sparse_attn_decode"
-            return reference.expected(replace(problem, case=replace(case, op=op), topk_idx=ids))
-
-        findings = checks.compare(problem, run, reference.expected(problem), setting, attend)
-        if best is None or _red(findings) < _red(best):
-            best = findings
-        if not _red(best):
-            break
-    assert best is not None
-    return best
+        answer = problem, reference.expected(problem)
+        if inputs is self._own:
+            self._known[rule] = answer
+        return answer
 
 
 def _red(findings: Sequence[Finding]) -> int:
     return sum(finding.status is Status.FAILED for finding in findings)
 
 
-def _call(kernel: Kernel, inputs: Any, session: Session) -> tuple[Run, Launches | None]:
+def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None = None) -> tuple[Run, Launches | None]:
     """Run the kernel in filled memory; whatever it raises becomes KernelRaised with the place."""
     from m3check import device
     from m3check.kernels import contract
 
+    def run() -> tuple[Run, Launches | None]:
+        if session.evidence != "device":
+            return contract.call(kernel, inputs, world), None
+        with device.recording() as launches:
+            result = contract.call(kernel, inputs, world)
+        import torch
+
+        torch.cuda.synchronize(session.device)
+        return result, launches
+
+    if world is not None and world.poison == "garbage":
+        with rerun.fresh_garbage():
+            return guarded(kernel, run)
+    return guarded(kernel, run)
+
+
+def guarded(kernel: Kernel, run: Callable[[], Answer]) -> Answer:
+    """`run()` in filled memory; whatever a kernel raises in it becomes KernelRaised with the place."""
     try:
         with filled_memory():
-            if session.evidence != "device":
-                return contract.call(kernel, inputs), None
-            with device.recording() as launches:
-                run = contract.call(kernel, inputs)
-            import torch
-
-            torch.cuda.synchronize(session.device)
-            return run, launches
+            return run()
     except M3CheckError:
         raise
     except Exception as error:

@@ -329,6 +329,8 @@ class PlanLine:
     provider: str
     evidence: Evidence
     skip: str | None = None
+    invariants: tuple[str, ...] = ()
+    """Names of the invariants (m3check/invariants.py) that this case shows on this kernel."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class Loaded:
     """Facts for the record: version, where from, hashes."""
     warnings: tuple[str, ...] = ()
     refusal: Refusal = _accepts
+    dependent_launch: Callable[[bool], None] | None = None
+    """Switches programmatic dependent launch on and off, where the kernels use it."""
 
     @classmethod
     def of(cls, kernels: Mapping[str, Kernel]) -> Loaded:

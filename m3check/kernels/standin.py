@@ -61,7 +61,8 @@ class World:
         for branch in ("amd", "common", "nvidia"):
             self._add(f"vllm.models.minimax_m3.{branch}")
             self._add(f"vllm.models.minimax_m3.{branch}.ops")
-        self._add("vllm.platforms", current_platform=Platform(arch, pdl))
+        self._platform = Platform(arch, pdl)
+        self._add("vllm.platforms", current_platform=self._platform)
         self._add(
             "vllm.platforms.rocm",
             on_gfx942=lambda: arch.name == "gfx942",
@@ -76,6 +77,10 @@ class World:
             round_up=lambda a, b: -(a // -b) * b,
             next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
         )
+
+    def dependent_launch(self, on: bool) -> None:
+        """Answer `is_arch_support_pdl` so from now on; vLLM's wrappers ask at every call."""
+        self._platform._pdl = on
 
     def load(self, name: str) -> ModuleType:
         """Import one kernel file by its dotted name."""

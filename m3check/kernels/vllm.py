@@ -111,6 +111,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         _description(source, choices, arch),
         source.warnings,
         functools.partial(_refusal, choices, arch, evidence),
+        world.dependent_launch if arch.pdl else None,
     )
 
 

@@ -1,0 +1,76 @@
+"""Who else is in the batch, and in which order requests and heads stand, changes no row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from m3check.checks.invariants.regroup import Part, assembled, put_back, taken
+from m3check.checks.invariants.trial import Trial
+from m3check.paging import Run, World
+from m3check.types import OPS, Case, Finding, Inputs
+
+
+def order(trial: Trial) -> list[Finding]:
+    """The requests in reverse order; every row keeps its bits."""
+    parts = [Part.whole(request) for request in reversed(list(trial.inputs.case.requests()))]
+    inputs, rows = assembled(trial.inputs, parts)
+    run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
+    return [trial.same("batch_order", "the requests stood in reverse order", run)]
+
+
+def heads(trial: Trial) -> list[Finding]:
+    """KV and index heads rotated by one, each with its group of query heads."""
+    inputs = trial.inputs
+    case = inputs.case
+    device = next(iter(trial.first.outputs.values())).device
+    turn = torch.arange(1, case.kv_heads + 1, device=device) % case.kv_heads
+    lanes = (turn[:, None] * case.gqa + torch.arange(case.gqa, device=device)).flatten()
+    by = {"idx_q": (1, turn), "k": (1, turn), "v": (1, turn), "q": (1, lanes), "scores": (0, turn), "topk_idx": (0, turn)}
+    by |= dict.fromkeys(("k_scale", "v_scale"), (1, turn))
+    changed = {name: getattr(inputs, name) for name in by}
+    turned: dict[str, Any] = {
+        name: taken(tensor, by[name][1], by[name][0])
+        for name, tensor in changed.items()
+        if tensor is not None and tensor.dim() > 0
+    }
+    run = trial.call(replace(inputs, **turned), World())
+    back = {"score": (0, turn), "ids": (0, turn), "out": (1, lanes)}
+    outputs = {name: taken(tensor, back[name][1].argsort(), back[name][0]) for name, tensor in run.outputs.items()}
+    run = Run(outputs, run.guards, run.frozen)
+    return [trial.same("head_order", "the heads stood in another order", run, bitwise=False)]
+
+
+def alone(trial: Trial) -> list[Finding]:
+    """One request of the batch without the others."""
+    live = [r for r in trial.inputs.case.requests() if r.query_len and r.kv_len]
+    request = live[-1]
+    inputs, rows = assembled(trial.inputs, [Part.whole(request)])
+    run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
+    return [trial.same("alone", f"request {request.index} was alone in its batch", run, bitwise=False)]
+
+
+def padded(trial: Trial) -> list[Finding]:
+    """Rows of length 0 before, between and after the requests, as a graph captured for more requests has them."""
+    parts, keep = [], []
+    for request in trial.inputs.case.requests():
+        parts += [Part.whole(request), Part(request, 0, request.query_len, 0)]
+        keep += [True] * request.query_len + [False] * request.query_len
+    inputs, rows = assembled(trial.inputs, parts)
+    rows = rows.where(torch.tensor(keep, device=rows.device), -1)
+    run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
+    return [trial.same("padded", "padded rows of length 0 stood between the requests", run, bitwise=False)]
+
+
+def reordered(inputs: Inputs, dead: bool = False) -> Inputs:
+    """The requests in reverse order, the shortest live one padded out where `dead`: other lengths for the same graph."""
+    case: Case = inputs.case
+    requests = list(reversed(list(case.requests())))
+    victim = min((r for r in requests if r.kv_len), key=lambda r: r.kv_len)
+    parts = [
+        Part(r, 0, r.query_len, 0) if dead and r is victim and OPS[case.op].phase == "decode" else Part.whole(r)
+        for r in requests
+    ]
+    return assembled(inputs, parts)[0]

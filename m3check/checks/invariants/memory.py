@@ -1,0 +1,64 @@
+"""Where things lie in memory, and what lies between them, changes no bit of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from m3check.checks.invariants.trial import Trial
+from m3check.paging import World
+from m3check.types import BLOCK, Case, Finding, Status
+
+WORDS = {
+    "poison": "memory that no live token owns held large numbers instead of NaN",
+    "pages": "the pages were in another order",
+    "strides": "the same tensors had other strides",
+}
+
+
+def world_of(fields: Mapping[str, Any], case: Case) -> World:
+    """The World of an entry; layout `other` is one that the case does not have."""
+    fields = dict(fields)
+    if fields.get("layout") == "other":
+        fields["layout"] = "hnd" if case.layout == "pool" else "pool"
+    return World(**fields)
+
+
+def physical(trial: Trial, entries: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """One call with all changes at once; where its result differs, one for each change tells which it was."""
+    case = trial.inputs.case
+    together = world_of({name: value for fields in entries.values() for name, value in fields.items()}, case)
+    run = trial.call(trial.inputs, together)
+    words = "; ".join(WORDS[name] for name in entries)
+    finding = trial.same(next(iter(entries)), words, run)
+    if finding.status is Status.PASSED:
+        return [trial.passed(name) for name in entries]
+    if len(entries) == 1:
+        return [finding]
+    alone = [
+        trial.same(name, WORDS[name], trial.call(trial.inputs, world_of(fields, case))) for name, fields in entries.items()
+    ]
+    if all(f.status is Status.PASSED for f in alone):  # only all of them together show it
+        alone[0] = finding
+    return alone
+
+
+def far(trial: Trial) -> list[Finding]:
+    """Page ids so high that page · stride passes 2^31 elements."""
+    run = trial.call(trial.inputs, World(far=True))
+    return [trial.same("far_pages", "page ids times their stride passed 2^31 elements", run)]
+
+
+def room(trial: Trial) -> list[Finding]:
+    """Limits as of a graph that was captured for longer requests: max_seq_len, max_decode_query_len, wider tables."""
+    case = trial.inputs.case
+    longest = max(case.query_lens)
+    world = World(
+        max_seq_len=case.context + 37 * BLOCK,
+        max_query_len=max(case.max_query_len, 2 * longest) if case.op in ("index_decode_score", "index_decode") else 0,
+        columns=case.block_columns + 40,
+    )
+    change = f"max_seq_len was {world.max_seq_len} instead of {max(case.context, 1)}"
+    if world.max_query_len:
+        change += f", max_decode_query_len {world.max_query_len}"
+    return [trial.same("room", change, trial.call(trial.inputs, world), bitwise=False)]

@@ -1,0 +1,153 @@
+"""One result put on trial: the first call, the means to call again, and how two outcomes are held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3check.checks import integrity
+from m3check.checks.rowkinds import dead_rows, promised_rows
+from m3check.checks.scores import visible_cells
+from m3check.checks.setting import Setting
+from m3check.checks.view import View
+from m3check.paging import Run, World, words
+from m3check.types import OPS, Finding, Inputs, Status
+
+
+@dataclass
+class Trial:
+    """What an invariant has to work with; `call` and its like raise whatever the kernel raises."""
+
+    inputs: Inputs
+    """As the kernel saw them first: scales beside codes."""
+    first: Run
+    setting: Setting
+    call: Callable[[Inputs, World], Run]
+    """The same kernel on any inputs of its op."""
+    judge: Callable[[Inputs, Run], list[Finding]]
+    """All comparisons of a run with the reference."""
+    other: Callable[[str, Inputs, World], Run] | None = None
+    """The provider's kernel of another op; raises M3CheckError where there is none, or where it refuses."""
+    configurations: Sequence[tuple[str, Callable[[], Any]]] = ()
+    """Named configurations of the kernels behind this one, and what pins each."""
+    unpin: Callable[[], Any] = lambda: None
+    replay: Callable[[Sequence[Inputs], World], list[Run]] | None = None
+    """Capture a graph on the first inputs and replay it on each; they differ in contents and lengths only."""
+    launches: Callable[[Inputs, int], list[Run]] | None = None
+    """Many launches in flight at once, on two streams."""
+    without_dependent_launch: Callable[[Inputs], Run] | None = None
+    repeats: bool | None = None
+    """Whether a second call gave the same bits; None: nobody has tried."""
+    memo: dict[str, Any] = field(default_factory=dict)
+
+    def view(self, inputs: Inputs | None = None, run: Run | None = None) -> View:
+        """A result as checks see it, without a reference."""
+        inputs = inputs or self.inputs
+        return View(OPS[inputs.case.op], inputs, run or self.first, {}, self.setting)
+
+    def passed(self, name: str, hint: str = "") -> Finding:
+        """The finding of an invariant that holds."""
+        return Finding(name, Status.PASSED, 0.0, 0.0, hint=hint)
+
+    def same(self, name: str, change: str, run: Run, *, rows: Tensor | None = None, bitwise: bool = True) -> Finding:
+        """Hold a run (rows in the order of the first) against the first one, in promised cells of `rows` [T] bool.
+
+        Where the bits may differ, or the kernel does not even repeat itself, all comparisons judge the second outcome.
+        """
+        broken = damage(run)
+        if broken:
+            return replace(broken, check=name, hint=f"{change}: {broken.hint}")
+        view = self.view()
+        found = difference(view, self.first.outputs, run.outputs, rows)
+        if found is None:
+            return self.passed(name)
+        count, where, values = found
+        if bitwise and self.repeatable():
+            return Finding(name, Status.FAILED, float(count), 0.0, where, f"{change}, and {count} cells changed: {values}")
+        return self.judged(name, change, self.inputs, Run(merged(view, self.first.outputs, run.outputs, rows)))
+
+    def judged(self, name: str, change: str, inputs: Inputs, run: Run) -> Finding:
+        """The worst that the comparisons have to say about a run."""
+        for finding in self.judge(inputs, run):
+            if finding.status is Status.FAILED:
+                return replace(finding, check=name, hint=f"{change}: {finding.check}: {finding.hint}")
+        return self.passed(name)
+
+    def repeatable(self) -> bool:
+        """Whether the kernel gives the same bits twice: promised, or tried."""
+        if "repeat" in self.setting.profile.bitwise:
+            return True
+        if self.repeats is None:
+            again = self.call(self.inputs, World())
+            self.repeats = difference(self.view(), self.first.outputs, again.outputs) is None
+        return self.repeats
+
+
+def damage(run: Run) -> Finding | None:
+    """A finding about memory that a call should not have written, if it did."""
+    view = View(OPS["index_score"], None, run, {}, None)  # type: ignore[arg-type]  # they look at the run alone
+    for finding in (*integrity.check_guards(view), *integrity.check_inputs(view)):
+        if finding.status is Status.FAILED:
+            return finding
+    return None
+
+
+def promised(view: View) -> dict[str, Tensor]:
+    """The cells of each output that its kernel owns and makes promises about, as masks that broadcast."""
+    cells: dict[str, Tensor] = {}
+    if "score" in view.run.outputs:
+        cells["score"] = visible_cells(view)  # [T, K]
+    if "ids" in view.run.outputs:
+        cells["ids"] = torch.ones(view.case.total_queries, 1, dtype=torch.bool, device=view.device)
+    if "out" in view.run.outputs:
+        dead = dead_rows(view)
+        rows = promised_rows(view) & (~dead | (view.setting.profile.dead_rows == "zero"))
+        cells["out"] = rows.repeat_interleave(view.case.gqa, dim=1)[..., None]  # [T, Hq, 1]
+    return cells
+
+
+def compared(view: View, name: str, mask: Tensor, rows: Tensor | None) -> Tensor:
+    """The mask of one output at its full shape, cut to `rows` [T]."""
+    shape = view.run.outputs[name].shape
+    mask = mask.expand(shape)
+    if rows is None:
+        return mask
+    return mask & (rows[:, None, None] if name == "out" else rows[None, :, None])
+
+
+def difference(
+    view: View, one: Mapping[str, Tensor], two: Mapping[str, Tensor], rows: Tensor | None = None
+) -> tuple[int, str, str] | None:
+    """(how many cells differ in bits, where the first is, both values) of two outcomes; None where they are the same."""
+    for name, mask in promised(view).items():
+        a, b = one[name], two[name]
+        if a.dtype != b.dtype:
+            return a.numel(), name, f"dtype {a.dtype}, then {b.dtype}"
+        differ = (words(a) != words(b)) & compared(view, name, mask, rows)
+        if a.is_floating_point():
+            differ &= ~(a.isnan() & b.isnan())
+        count = int(differ.sum())
+        if count:
+            place = tuple(int(i) for i in differ.nonzero()[0])
+            return count, _where(view, name, place), f"{a[place].item():.9g}, then {b[place].item():.9g}"
+    return None
+
+
+def _where(view: View, name: str, place: tuple[int, ...]) -> str:
+    """A cell of an output in the words of a user."""
+    if name == "out":
+        return f"`out` of {view.rows.name(place[0])}, query head {place[1]}, channel {place[2]}"
+    inner = "block" if name == "score" else "slot"
+    return f"`{name}` of {view.rows.name(place[1])}, index head {place[0]}, {inner} {place[2]}"
+
+
+def merged(
+    view: View, one: Mapping[str, Tensor], two: Mapping[str, Tensor], rows: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The second outcome in promised cells of `rows`, the first everywhere else."""
+    cells = promised(view)
+    return {name: two[name].where(compared(view, name, cells[name], rows), one[name]) for name in cells}

@@ -1,0 +1,202 @@
+"""What must not change a kernel's result: the list of invariants, and which cases show which.
+
+An invariant needs no reference: it calls the kernel once more with something changed that its result must not depend on.
+Every call costs as much as the case itself, so `assign` gives each (invariant, op) to the cheapest cases that can show it.
+This file imports no torch; what the entries name is in m3check/checks/invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from m3check.types import BLOCK, OPS, Case, Evidence
+
+COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
+"""How many cases of a tier show each (invariant, op)."""
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """One thing that a result must not depend on."""
+
+    name: str
+    ops: frozenset[str]
+    fits: Callable[[Case], bool]
+    """Whether a case can show it."""
+    catches: str
+    blind: str
+    run: str
+    """What carries it out: module and function in m3check.checks.invariants."""
+    world: Mapping[str, Any] | None = None
+    """Fields of `paging.World`, where nothing else changes: such invariants share one call, and part only if it differs."""
+    calls: float = 1.0
+    """Calls of the kernel (with their judgement) that it takes, for the estimate of its cost."""
+    evidence: frozenset[Evidence] = frozenset({"interpreted", "device"})
+    tiers: frozenset[str] = frozenset({"smoke", "ci", "full"})
+
+
+def _live(case: Case) -> int:
+    """Requests with a query that sees a token."""
+    return sum(q > 0 and kv > 0 for q, kv in zip(case.query_lens, case.kv_lens, strict=True))
+
+
+def _always(case: Case) -> bool:
+    return True
+
+
+def _tails(case: Case) -> bool:
+    return any(n % BLOCK for n in case.kv_lens)
+
+
+def _pages(case: Case) -> bool:
+    return sum(-(-n // BLOCK) for n in case.kv_lens) > 2
+
+
+def _several(case: Case) -> bool:
+    return _live(case) > 1
+
+
+def _unlike(case: Case) -> bool:
+    lengths = [n for n, q in zip(case.kv_lens, case.query_lens, strict=True) if n and q]
+    return len(set(lengths)) > 1
+
+
+def _heads(case: Case) -> bool:
+    return case.kv_heads > 1
+
+
+def _draft(case: Case) -> bool:
+    """A request with several queries, of which the first sees a token."""
+    return any(q > 1 and kv >= q for q, kv in zip(case.query_lens, case.kv_lens, strict=True))
+
+
+def _live_rows(case: Case) -> bool:
+    return any(kv >= q > 0 for q, kv in zip(case.query_lens, case.kv_lens, strict=True))
+
+
+def _forced_room(case: Case) -> bool:
+    """A block less or more that is forced changes the selection."""
+    return case.init_blocks + case.local_blocks < case.topk < case.block_columns
+
+
+def _more_blocks(case: Case) -> bool:
+    return 2 < case.topk < case.block_columns
+
+
+def _telling(case: Case) -> bool:
+    """Id lists that every kernel accepts, and values of which each moves the result: probes hold most of them still."""
+    return case.ids in ("full", "ascending") and case.fill in ("gauss", "wide", "integer")
+
+
+def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:
+    return lambda case: all(test(case) for test in tests)
+
+
+INDEX = frozenset({"index_score", "index_decode_score", "index_decode"})
+SELECT = frozenset({"index_topk", "index_decode"})
+ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"})
+CHAINS = frozenset({"prefill", "decode"})
+CACHED = INDEX | ATTEND
+SINGLE = CACHED | {"index_topk"}
+EVERY = SINGLE | CHAINS
+PREFILL = frozenset(name for name, op in OPS.items() if op.phase == "prefill")
+DECODE = EVERY - PREFILL
+DEVICE: frozenset[Evidence] = frozenset({"device"})
+INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
+
+INVARIANTS: tuple[Invariant, ...] = (
+    Invariant("poison", EVERY, _tails, "bytes that no live token owns enter the result, whatever they hold",
+              "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
+              {"poison": "garbage"}),
+    Invariant("pages", CACHED | CHAINS, _pages, "page ids taken from an earlier call; arithmetic on page ids",
+              "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
+    Invariant("strides", EVERY, _always, "strides that are assumed, of dimensions of size 1 too",
+              "column strides of block tables, which are 1 everywhere", "memory.physical",
+              {"layout": "other", "odd_strides": True}),
+    Invariant("far_pages", CACHED, _live_rows, "32-bit products of page id and stride",
+              "offsets into queries and outputs", "memory.far"),
+    Invariant("room", INDEX | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, max_decode_query_len, "
+              "table width) that enter the result", "limits that are too small", "memory.room"),
+    Invariant("future", (CACHED | CHAINS) - {"index_topk"}, _draft, "a token after the query's position enters the result",
+              "tokens whose weight underflows", "content.future"),
+    Invariant("neighbours", SINGLE, _several, "another request's tokens or queries enter the result",
+              "one that reads only its neighbour's length", "content.neighbours"),
+    Invariant("batch_order", SINGLE, _unlike, "state carried from one request to the next; fixed places in a batch",
+              "one order in which all is right", "batch.order"),
+    Invariant("head_order", SINGLE, _heads, "heads that are treated by their place", "gqa lanes within a KV head",
+              "batch.heads"),
+    Invariant("alone", EVERY, _several, "results that depend on the company of other requests", "batches of one",
+              "batch.alone"),
+    Invariant("padded", DECODE, _live_rows, "padded rows (length 0) that change the rows of others",
+              "what stands in the padded rows", "batch.padded"),
+    Invariant("chunked", PREFILL, _draft, "a prefix taken for queries; chunk boundaries inside a block",
+              "boundaries at other places", "routes.chunked", calls=2),
+    Invariant("verify", DECODE, _draft, "draft tokens judged otherwise than one by one", "draft lengths not tried",
+              "routes.verify"),
+    Invariant("same_as_prefill", frozenset({"index_decode_score", "sparse_attn_decode", "decode"}), _live_rows,
+              "decode that answers another question than prefill", "a mistake that both share", "routes.prefill"),
+    Invariant("other_scale", ATTEND, _live_rows, "sm_scale kept from an earlier call", "a first call", "state.sequence",
+              calls=2),
+    Invariant("other_topk", SELECT, _more_blocks, "topk kept from an earlier call", "a first call", "state.sequence",
+              calls=1.5),
+    Invariant("other_init", SELECT | {"index_decode_score"}, _forced_room, "init_blocks kept from an earlier call",
+              "a first call", "state.sequence", calls=1.5),
+    Invariant("other_local", SELECT | {"index_decode_score"}, _forced_room, "local_blocks kept from an earlier call",
+              "a first call", "state.sequence", calls=1.5),
+    Invariant("repeat", EVERY, _always, "state between calls; on a device, races", "a race that never shows",
+              "state.sequence"),
+    Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
+              "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
+              tiers=frozenset({"ci", "full"})),
+    Invariant("graph", EVERY, _unlike, "lengths, tables or pointers frozen when a graph was captured",
+              "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),
+    Invariant("load", EVERY, _live_rows, "scratch shared by launches in flight", "a race that 20 launches do not show",
+              "launches.load", calls=2, evidence=DEVICE),
+    Invariant("dependent_launch", DECODE, _live_rows, "reads before an earlier kernel has finished",
+              "providers that cannot switch it off", "launches.dependent", calls=2, evidence=DEVICE),
+)  # fmt: skip
+
+
+def fitting(case: Case, evidence: Evidence) -> tuple[str, ...]:
+    """Names of all invariants that a case can show."""
+    return tuple(i.name for i in INVARIANTS if case.op in i.ops and evidence in i.evidence and i.fits(case))
+
+
+def assign(cases: Iterable[tuple[str, Case, float]], evidence: Evidence, tier: str) -> dict[str, tuple[str, ...]]:
+    """Case id -> names of the invariants that it shows, for (id, case, seconds) of a tier.
+
+    The cheapest case comes first; a further one has other dtypes or another layout than those before it, where there is
+    one. Cases whose result hardly depends on the inputs come last.
+    """
+    by_op: dict[str, list[tuple[float, str, Case]]] = {}
+    for name, case, seconds in cases:
+        by_op.setdefault(case.op, []).append((seconds + 1e6 * (not _telling(case)), name, case))
+    given: dict[str, list[str]] = {}
+    for ranked in by_op.values():
+        ranked.sort(key=lambda entry: entry[:2])
+    for invariant in INVARIANTS:
+        if evidence not in invariant.evidence or tier not in invariant.tiers:
+            continue
+        for op in sorted(invariant.ops & by_op.keys()):
+            left = [entry for entry in by_op[op] if invariant.fits(entry[2])]
+            seen: set[tuple[str, ...]] = set()
+            for _ in range(COUNT[tier]):
+                new = [entry for entry in left if _kind(entry[2]) not in seen] or left
+                if not new:
+                    break
+                left.remove(new[0])
+                seen.add(_kind(new[0][2]))
+                given.setdefault(new[0][1], []).append(invariant.name)
+    return {name: tuple(names) for name, names in given.items()}
+
+
+def _kind(case: Case) -> tuple[str, ...]:
+    return case.dtype, case.cache_dtype, case.index_cache_dtype, case.layout
+
+
+def chosen(names: Iterable[str]) -> list[Invariant]:
+    """The entries of some names, in the list's order."""
+    wanted = set(names)
+    return [invariant for invariant in INVARIANTS if invariant.name in wanted]

@@ -1,0 +1,159 @@
+"""What an invariant needs from a runner: the kernel called again with something changed, and the outcome judged."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from m3check import invariants
+from m3check.types import Finding, Inputs, Kernel, M3CheckError, Status
+
+if TYPE_CHECKING:
+    from m3check.checks import Setting
+    from m3check.checks.invariants.trial import Trial
+    from m3check.paging import Run, World
+    from m3check.runner import Session
+
+Judge = Callable[[Inputs, "Run"], list[Finding]]
+
+
+def findings(
+    names: Sequence[str], kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting: Setting, judge: Judge
+) -> list[Finding]:
+    """What the named invariants find on one result."""
+    from m3check.checks.invariants import memory, state
+
+    trial = _trial(kernel, session, inputs, first, setting, judge)
+    chosen = invariants.chosen(names)
+    found: list[Finding] = []
+    worlds = {entry.name: entry.world for entry in chosen if entry.world is not None}
+    if worlds:
+        found += _tried(next(iter(worlds)), lambda: memory.physical(trial, worlds))
+    for entry in chosen:
+        if entry.world is None and entry.run != "state.sequence":
+            found += _tried(entry.name, lambda entry=entry: _carried_out(entry.run, trial))  # type: ignore[misc]
+    calls = [entry.name for entry in chosen if entry.run == "state.sequence"]
+    if calls:
+        found += _tried(calls[0], lambda: state.sequence(trial, calls))
+    return found
+
+
+def _carried_out(run: str, trial: Trial) -> list[Finding]:
+    import importlib
+
+    module, _, function = run.partition(".")
+    carried: list[Finding] = getattr(importlib.import_module(f"m3check.checks.invariants.{module}"), function)(trial)
+    return carried
+
+
+def _tried(name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
+    """The findings of one invariant; a kernel that raises on the changed call does not hold it."""
+    from m3check.kernels.contract import BrokenContract
+    from m3check.runner import KernelRaised
+
+    try:
+        return carry_out()
+    except (KernelRaised, BrokenContract) as error:
+        return [Finding(name, Status.FAILED, 1.0, 0.0, "", f"the changed call did not return: {error}")]
+    except M3CheckError as error:
+        return [Finding(name, Status.PASSED, hint=f"not tried: {error}")]
+
+
+def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting: Setting, judge: Judge) -> Trial:
+    from m3check import runner
+    from m3check.checks.invariants.trial import Trial
+    from m3check.kernels import replay
+
+    def call(changed: Inputs, world: World) -> Run:
+        refusal = session.loaded.refuses(changed.case)
+        if refusal is not None:
+            raise M3CheckError(refusal)
+        return runner.call(kernel, changed, session, world)[0]
+
+    def other(op: str, changed: Inputs, world: World) -> Run:
+        refusal = session.loaded.refuses(changed.case)
+        if refusal is not None:
+            raise M3CheckError(refusal)
+        return runner.call(session.loaded.kernels[op], changed, session, world)[0]
+
+    def launched(way: Callable[[], Any]) -> Any:
+        return runner.guarded(kernel, way)
+
+    trial = Trial(inputs, first, setting, call, judge, other)
+    trial.configurations, trial.unpin = _configurations(kernel, session)
+    if session.evidence == "device":
+        from m3check.paging import World as Default
+
+        trial.replay = lambda several, world: launched(lambda: replay.replayed(kernel, several, world))
+        trial.launches = lambda same, count: launched(lambda: replay.in_flight(kernel, same, Default(), count))
+        switch = session.loaded.dependent_launch
+        if switch is not None:
+
+            def without(same: Inputs) -> Run:
+                switch(False)
+                try:
+                    return call(same, Default())
+                finally:
+                    switch(True)
+
+            trial.without_dependent_launch = without
+    return trial
+
+
+def _configurations(kernel: Kernel, session: Session) -> tuple[list[tuple[str, Callable[[], Any]]], Callable[[], Any]]:
+    """Each configuration of each autotuned kernel in the file of a function (with what pins it), and what undoes it."""
+    if session.evidence != "interpreted" or "triton" not in sys.modules:
+        return [], lambda: None
+    from m3check import interpret
+
+    function: Any = kernel.function
+    while hasattr(function, "__wrapped__") or hasattr(function, "func"):
+        function = getattr(function, "__wrapped__", None) or function.func
+    namespace: Mapping[str, Any] = getattr(function, "__globals__", {})
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    reached = {name: namespace[name] for name in names if name in namespace}
+    for value in list(reached.values()):  # one step further: a helper that launches
+        inner = getattr(getattr(value, "__code__", None), "co_names", ())
+        reached |= {name: namespace[name] for name in inner if name in namespace}
+    tuned = interpret.autotuned(reached)
+    entries: list[tuple[str, Callable[[], Any]]] = [
+        (f"{index} of {name}", functools.partial(interpret.pin_autotune, reached[name], index))
+        for name, count in tuned.items()
+        for index in range(count)
+    ]
+
+    def unpin() -> None:
+        for name in tuned:
+            interpret.pin_autotune(reached[name], None)
+
+    return entries, unpin
+
+
+@contextmanager
+def fresh_garbage() -> Iterator[None]:
+    """torch.empty and its like inside the block give large finite numbers, and integers that look like block ids."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from m3check import paging
+
+    fresh = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
+
+    class Garbage(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func in fresh and isinstance(result, torch.Tensor) and result.numel():
+                if not result.is_floating_point():
+                    result.fill_(1)
+                elif result.element_size() == 1:
+                    value = paging.filled([1], paging.poison_value(result.dtype, "garbage"), result.dtype, "cpu")
+                    result.view(torch.uint8).fill_(int(value.view(torch.uint8)))
+                else:
+                    result.fill_(paging.poison_value(result.dtype, "garbage"))
+            return result
+
+    with Garbage():
+        yield
