@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.checks import attention, finite, integrity, probes, scores, selection
+from m3check.checks import attention, edges, finite, integrity, probes, scores, selection
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.types import OPS, Finding, Inputs, Outputs, Status
@@ -37,7 +37,7 @@ class Check:
 CHECKS: tuple[Check, ...] = (
     Check("finite_score", "score", "NaN, unwritten or overflown cells", "finite wrong values", finite.check_scores),
     Check("edges", "score", "which key gave a block its maximum (fill=edge_up, edge_down)", "keys inside a block",
-          probes.check_edges),
+          edges.check_edges),
     Check("score", "score", "a key lost from a maximum; a wrong key, scale, head or precision",
           "a lost key that is not its block's maximum", scores.check_values),
     Check("invisible_score", "score", "a causal mask off by a block", "memory that was not filled",

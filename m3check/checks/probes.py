@@ -1,4 +1,4 @@
-"""Probe fills, read out: which tokens an attention attended, and which key gave a block its score. Exact, in tokens."""
+"""Probe fills of attention, read out: which tokens it attended, and what two of them weigh. Exact, in tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from m3check.checks.bounds import EXP2_ERROR, FORMATS, LN2, LOG2E, U32, half_ulp
 from m3check.checks.noise import SUBTILE
 from m3check.checks.readout import Count, told
 from m3check.checks.rowkinds import dead_rows, promised_rows, valid_ids
-from m3check.checks.scores import plain_scores, visible_cells
 from m3check.checks.view import View
 from m3check.types import BLOCK, Finding, Status
 
@@ -34,7 +33,7 @@ def check_membership(view: View) -> list[Finding]:
     wanted = (view.expected_out.double() * number).round()
     counted = (actual * number).where(actual.isfinite(), wanted)  # what is not finite is another check's finding
     limit = wanted * _counting_error(view, number)
-    return _judge(view, "membership", (counted - wanted).abs(), limit, lambda row, head: _miscounted(view, row, head))
+    return _judge(view, "membership", (counted - wanted).abs(), limit, lambda row, head, _: _miscounted(view, row, head))
 
 
 def _counting_error(view: View, number: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ def check_needle(view: View) -> list[Finding]:
     actual, wanted = view.actual("out").double(), view.expected_out.double()
     limit = half_ulp(wanted, view.actual("out").dtype) + wanted.abs() * _needle_error(view)
     error = (actual - wanted).abs().where(actual.isfinite(), 0)
-    return _judge(view, "needle", error, limit, lambda row, head: _found(view, row, head))
+    return _judge(view, "needle", error, limit, lambda row, head, _: _found(view, row, head))
 
 
 def _needle_error(view: View) -> Tensor:
@@ -107,6 +106,11 @@ def _found(view: View, row: int, head: int) -> str:
     ratio = out / v[start + needle, kv_head].double()
     if (ratio - ratio.median()).abs().max() < 0.02 * ratio.median().abs():
         return f"holds the value of token {needle} times {ratio.median().item():.5g}"
+    others = logit.masked_fill(token == needle, -math.inf).softmax(0) @ v[start + token, kv_head].double()
+    toward = v[start + needle, kv_head].double() - others
+    share = float((out - others) @ toward / toward.square().sum())
+    if abs(share) < 0.25:
+        return f"token {needle} (block {needle // BLOCK}, offset {needle % BLOCK}) was not attended"
     return f"holds no token's value; {wanted}"
 
 
@@ -121,7 +125,7 @@ def check_two_keys(view: View) -> list[Finding]:
     logits = _needle_error(view) + view.problem.sm_scale * _dot_error(view)
     limit = wanted * (roundings * FORMATS[dtype].u + logits) + flushed
     error = (actual - wanted).abs().where(actual.isfinite(), 0)
-    return _judge(view, "two_keys", error, limit, lambda row, head: _odds(view, row, head))
+    return _judge(view, "two_keys", error, limit, lambda row, head, over: _odds(view, row, head) + _merge(view, over))
 
 
 def _dot_error(view: View) -> float:
@@ -163,51 +167,19 @@ def _odds(view: View, row: int, head: int) -> str:
     return f"{text}, {found / gap:.4f} times as much"
 
 
-def check_edges(view: View) -> list[Finding]:
-    """Each block's score is exactly that of its last (edge_up) or first (edge_down) visible token."""
-    if view.case.fill not in ("edge_up", "edge_down"):
-        return []
-    actual, plain = view.actual("score").double(), plain_scores(view)
-    judged = visible_cells(view) & plain.isfinite() & actual.isfinite()
-    if view.setting.profile.forced_scores:
-        judged = judged & (view.expected["score"].to(view.device) == plain)
-    wrong = judged & (actual != plain)
-    count = int(wrong.sum())
-    if not count:
-        return [Finding("edges", Status.PASSED, 0.0, 0.0)]
-    first = int(wrong.flatten().int().argmax())
-    row, block = divmod(first, plain.shape[-1])
-    head, row = divmod(row, plain.shape[1])
-    where = f"{view.rows.name(row)}, index head {head}, block {block}"
-    hint = (
-        f"{_named(view, head, row, block, actual[head, row, block].item())}; {count} of {int(judged.sum())} scores are off"
-    )
-    error = (actual[head, row, block] - plain[head, row, block]).abs().item()
-    return [Finding("edges", Status.FAILED, error, 0.0, where, hint)]
-
-
-def _named(view: View, head: int, row: int, block: int, value: float) -> str:
-    q, k = view.problem.idx_q, view.problem.idx_k
-    assert q is not None
-    assert k is not None
-    start, length = int(view.rows.kv_start[row]), int(view.rows.kv_len[row])
-    keys = k[start : start + length].double()
-    score = keys @ q[row, head].double()
-    low, seen = block * BLOCK, min((block + 1) * BLOCK, int(view.rows.position[row]) + 1)
-    wanted = low + int(score[low:seen].argmax())
-    which = "last visible" if view.case.fill == "edge_up" else "first"
-    text = f"block {block}'s maximum is {{}}, wanted token {wanted} (its {which} one)"
-    same = (score == value).nonzero().flatten()
-    if len(same):
-        found = int(same[(same - wanted).abs().argmin()])
-        past = found - int(view.rows.position[row])
-        return text.format(f"token {found}") + (f"; token {found} is {past} past the query" if past > 0 else "")
-    heads = [other for other in range(q.shape[1]) if float(keys[wanted] @ q[row, other].double()) == value]
-    if heads and heads[0] != head:
-        return f"block {block} holds the score of index head {heads[0]}"
-    if value == 0:
-        return text.format("0, which no token scores: a masked key counts as 0 instead of -inf")
-    return text.format(f"{value:.6g}, which no token of the request scores")
+def _merge(view: View, over: Tensor) -> str:
+    """Whether all that is wrong stands in different blocks, while keys of one block come out right."""
+    apart = []
+    for row, head in (~dead_rows(view)).repeat_interleave(view.case.gqa, 1).nonzero().tolist()[:64]:
+        token, logit = _logits(view, row, head)
+        if len(token) > 1:
+            pair = token[logit.topk(2).indices].div(BLOCK, rounding_mode="floor")
+            apart.append((bool(pair[0] != pair[1]), bool(over[row, head])))
+    if any(different and wrong for different, wrong in apart) and {
+        wrong for different, wrong in apart if not different
+    } == {False}:
+        return "; two keys of one block come out right: look at what joins blocks and chunks"
+    return ""
 
 
 def _judge(view: View, check: str, error: Tensor, limit: Tensor, say) -> list[Finding]:  # type: ignore[no-untyped-def]
@@ -223,7 +195,7 @@ def _judge(view: View, check: str, error: Tensor, limit: Tensor, say) -> list[Fi
         row, head = divmod(int((over & among).flatten().int().argmax()), view.case.heads)
         channel = int(ratio[row, head].argmax())
         place = f"{view.rows.name(row)}, {_whose(view, over & among, row, head)}"
-        hint = say(row, head) + (UNACCEPTED if status is Status.NOTED else "")
+        hint = say(row, head, over) + (UNACCEPTED if status is Status.NOTED else "")
         hint += f"; {int((over & among).sum())} rows of a query head are wrong"
         measured, allowed = error[row, head, channel].item(), limit[row, head, channel].item()
         findings.append(Finding(check, status, measured, allowed, place, hint))
