@@ -1,0 +1,131 @@
+"""The reference side of one case, and what a hypothesis makes of it: the wrong answer, and whether the checks refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from m3check.hypotheses.geometry import Change
+from m3check.types import OPS, Inputs, Outputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Stage = Literal["score", "select", "attend"]
+
+State = Literal["seen", "unseen", "equal", "absent"]
+"""Refused by the checks; not refused; the right answer bit for bit; nothing to act on."""
+
+STAGES: Mapping[str, Mapping[Stage, str]] = {  # which reference answers for which stage of an op
+    "index_score": {"score": "index_score"},
+    "index_topk": {"select": "index_topk"},
+    "index_decode_score": {"score": "index_decode_score"},
+    "index_decode": {"score": "index_decode", "select": "index_topk"},
+    "sparse_attn": {"attend": "sparse_attn"},
+    "sparse_attn_decode": {"attend": "sparse_attn_decode"},
+    "prefill": {"score": "index_score", "select": "index_topk", "attend": "sparse_attn"},
+    "decode": {"score": "index_decode", "select": "index_topk", "attend": "sparse_attn_decode"},
+}
+
+
+class Defect(Protocol):
+    """What this file needs of a Hypothesis."""
+
+    @property
+    def stage(self) -> Stage:
+        """Where it acts."""
+
+    @property
+    def change(self) -> Change:
+        """What it does to the inputs."""
+
+    @property
+    def codes(self) -> bool:
+        """Whether to the codes."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """The reference side of one case."""
+
+    inputs: Inputs
+    """As they were generated, with codes and scales."""
+    problem: Inputs
+    """The same, dequantised."""
+    right: Outputs
+    """The reference's answer to `problem`."""
+    answer: Callable[[Inputs], Outputs]
+    """Dequantises by the same rule and asks the reference of `inputs.case.op`."""
+    refused: Callable[[Mapping[str, Tensor]], bool]
+    """Whether the checks are red on given outputs."""
+
+    def reads(
+        self, stage: Stage, *, codes: bool = False, scores: Tensor | None = None, ids: Tensor | None = None
+    ) -> Inputs:
+        """What one stage of the op reads: of the stages before it the right answers, or those given."""
+        given = self.inputs if codes else self.problem
+        case = replace(given.case, op=STAGES[given.case.op][stage])
+        if stage == "score":
+            return replace(given, case=case, q=None, k=None, v=None, k_scale=None, v_scale=None)
+        if stage == "select":
+            right = self.right.get("plain_score", self.right.get("score"))
+            first = (scores, given.scores, right)
+            return Inputs(case, given.sm_scale, scores=next(x for x in first if x is not None))
+        first = (ids, given.topk_idx, self.right.get("ids"))
+        return replace(given, case=case, idx_q=None, idx_k=None, topk_idx=next(x for x in first if x is not None))
+
+    def right_answer(self) -> dict[str, Tensor]:
+        """What a kernel without any error but the last rounding gives."""
+        return self._rounded({name: self.right[name] for name in OPS[self.inputs.case.op].outputs})
+
+    def wrong_answer(self, defect: Defect) -> dict[str, Tensor] | None:
+        """What a kernel that is wrong in one way gives; None where the defect has nothing to act on."""
+        op = OPS[self.inputs.case.op]
+        changed = defect.change(self.reads(defect.stage, codes=defect.codes))
+        if changed is None:
+            return None
+        answer = {
+            name: _fitted(name, x, self.right[name]) for name, x in self.answer(changed).items() if name in self.right
+        }
+        if op.chain and defect.stage != "attend":  # the stages that follow work on what this one gave
+            if defect.stage == "score" and "ids" not in answer:
+                answer |= {"ids": self.answer(self.reads("select", scores=answer["score"]))["ids"]}
+            answer |= {"out": self.answer(self.reads("attend", ids=answer["ids"]))["out"]}
+        return self._rounded({name: answer.get(name, self.right[name]) for name in op.outputs})
+
+    def state(self, defect: Defect) -> State:
+        """Whether this case could have seen a defect."""
+        import torch
+
+        wrong = self.wrong_answer(defect)
+        if wrong is None:
+            return "absent"
+        right = self.right_answer()
+        if all(torch.equal(_bits(wrong[name]), _bits(right[name])) for name in right):
+            return "equal"
+        return "seen" if self.refused(wrong) else "unseen"
+
+    def _rounded(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Outputs as a kernel gives them: fp32 scores, int32 ids, attention in the queries' dtype."""
+        import torch
+
+        query = self.problem.q
+        to = {"score": torch.float32, "ids": torch.int32, "out": query.dtype if query is not None else torch.float32}
+        return {name: x.to(to[name]) for name, x in outputs.items()}
+
+
+def _fitted(name: str, x: Tensor, like: Tensor) -> Tensor:
+    """Columns, slots or channels brought to the number that the op has."""
+    import torch
+
+    missing = like.shape[-1] - x.shape[-1]
+    if missing < 0:
+        return x[..., :missing]
+    return torch.nn.functional.pad(x, (0, missing), value=-1 if name == "ids" else -torch.inf) if missing else x
+
+
+def _bits(x: Tensor) -> Tensor:
+    from m3check.paging import words
+
+    return words(x.contiguous())
