@@ -183,12 +183,12 @@ def assign(cases: Iterable[tuple[str, Case, float]], evidence: Evidence, tier: s
             left = [entry for entry in by_op[op] if invariant.fits(entry[2])]
             seen: set[tuple[str, ...]] = set()
             for _ in range(COUNT[tier]):
-                new = [entry for entry in left if _kind(entry[2]) not in seen] or left
-                if not new:
+                if not left:
                     break
-                left.remove(new[0])
-                seen.add(_kind(new[0][2]))
-                given.setdefault(new[0][1], []).append(invariant.name)
+                best = next((entry for entry in left if _kind(entry[2]) not in seen), left[0])
+                left.remove(best)
+                seen.add(_kind(best[2]))
+                given.setdefault(best[1], []).append(invariant.name)
     return {name: tuple(names) for name, names in given.items()}
 
 

@@ -23,8 +23,11 @@ def main(arguments: argparse.Namespace) -> int:
     elif lines:
         from tabulate import tabulate
 
-        rows = [(line.op, line.provider, line.evidence, line.case, line.skip or "") for line in lines]
-        headers = ["op", "provider", "evidence", "case", "skipped because"]
+        rows = [
+            (line.op, line.provider, line.evidence, line.case, ", ".join(line.invariants), line.skip or "")
+            for line in lines
+        ]
+        headers = ["op", "provider", "evidence", "case", "invariants", "skipped because"]
         emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
     skipped = sum(line.skip is not None for line in lines)
     due = [line for line in lines if line.skip is None and options.require in (None, line.evidence)]

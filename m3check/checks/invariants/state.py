@@ -49,7 +49,6 @@ def sequence(trial: Trial, names: Sequence[str]) -> list[Finding]:
             findings.append(trial.judged(name, change, inputs, run))
     again = trial.call(trial.inputs, World())
     found = difference(trial.view(), trial.first.outputs, again.outputs)
-    trial.repeats = found is None
     words = f"called again after calls with {', '.join(between)}" if between else "called twice with the same arguments"
     last = names[-1]
     if found is not None:
