@@ -18,6 +18,12 @@ from m3check.types import BLOCK
 LOUD = 0.6
 """Of the limit: below it the simple rule, which ignores the noise's correlations, stands as what was measured."""
 
+CANCELLED = 1e-5
+"""Of its terms: below it a sum of squares by fp32 matrix products is nothing but their rounding."""
+
+ABSURD = 1000.0
+"""Times its weight: a token so light that only this much of it could be seen is not looked for."""
+
 EXPLAINED = 0.3
 """Share of the squared error above which a defect is said to be the cause."""
 
@@ -90,6 +96,7 @@ def best_token(
     distance = (second - 2 * first + zeroth).clamp(min=0)
     along = torch.maximum((second - first).abs(), distance)
     own = model.token_variance * (model.weight * weight * along).square()
+    distance = distance.where(distance > CANCELLED * (second + zeroth), 0)  # v is o, but for rounding
     tokens = _Filter("token", dot, weight.square() * distance, own)
     share = model.weight.unflatten(-1, (-1, BLOCK)).sum(-1)
     shift = model.block_sum - share[..., None] * o[:, :, None]  # [P, G, S, D]
@@ -125,6 +132,11 @@ def best_scale(
     return best
 
 
+def _own(moved: Tensor, head: Tensor | None) -> Tensor:
+    """[c, G, D] of a whole group, or [c, 1, D] of one head [c] alone."""
+    return moved if head is None else moved[torch.arange(len(head), device=head.device), head][:, None]
+
+
 def _search(  # type: ignore[no-untyped-def]
     family: _Filter, direction, residue: Residue, model: Noise, pairs: Pairs, limit: float, rows: Tensor, heads: Tensor,
     before: Match | None,
@@ -136,7 +148,8 @@ def _search(  # type: ignore[no-untyped-def]
         views.append((family.dot.flatten(0, 1), family.size.flatten(0, 1), family.own.flatten(0, 1)))
     best = before
     for single, (dot, size, own) in enumerate(views):
-        z = torch.where(size > 0, dot.abs() / (size + own).clamp(min=1e-30).sqrt(), 0)
+        telling = size > (limit / ABSURD) ** 2
+        z = torch.where(telling, dot.abs() / (size + own).clamp(min=1e-30).sqrt(), 0)
         top = z.flatten().topk(min(EXAMINED, z.numel()))
         place = top.indices % z.shape[-1]
         line = top.indices // z.shape[-1]
@@ -146,8 +159,13 @@ def _search(  # type: ignore[no-untyped-def]
             last = slice(0, 1)
             left, random = top.values[last] * limit, torch.full_like(top.values[last], limit * limit)
         else:
-            bias, random = projected_limit(model, pairs, pair, head, direction(family.kind, pair, place), limit)
-            left = (dot.flatten()[top.indices].abs() - bias).clamp(min=0)
+            moved = direction(family.kind, pair, place)
+            # In units of its own size, and summed anew: fp32 squares of a small weight vanish, and what is left of v - o
+            # by matrix products, where the two are nearly equal, is rounding.
+            unit = _own(moved, head).abs().amax((-2, -1), keepdim=True).clamp(min=1e-38)
+            along = (_own(moved / unit, head).double() * _own(residue.error[pair], head)).sum((-2, -1)).abs()
+            bias, random = projected_limit(model, pairs, pair, head, moved / unit, limit)
+            left = (along.to(bias.dtype) - bias).clamp(min=0)
             last = slice(0, len(pair))
         score = left / random.clamp(min=1e-30) * limit
         index = score.argmax()
