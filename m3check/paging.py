@@ -131,6 +131,38 @@ class World:
     pages: int = 0  # at least so many pages
 
 
+@dataclass(frozen=True)
+class Territory:
+    """What a kernel may do with one tensor of its call: read and write the cells of this view, and no others."""
+
+    name: str
+    view: Tensor
+    owned: Tensor | None = None
+    """Bool over the first dimensions: cells that may be read; None for all. The others belong to nobody."""
+    output: bool = False
+    """Whether it may be written; then a cell may be read only after it was."""
+
+
+Misuse = Literal["outside", "unowned", "input", "unwritten", "race", "unordered"]
+"""Of an access: beside every tensor; in a page that no request owns; a write into an input; a read of a cell that nothing
+wrote; a write where another program of the launch wrote another value; a read of what another program of it wrote."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """One way in which one line of a kernel misused memory. Only an interpreted run can tell."""
+
+    misuse: Misuse
+    kind: Literal["load", "store", "atomic"]
+    tensor: str
+    where: str  # in elements or pages of the tensor
+    kernel: str
+    program: tuple[int, int, int]  # the first that did it
+    line: str  # of the kernel's source: file.py:12
+    count: int  # elements, over all programs
+    harmless: bool = False  # a read of what nothing wrote, on which the result does not depend
+
+
 @dataclass
 class Run:
     """One call of a kernel: its results in logical form, and the memory that was watched meanwhile."""
@@ -140,6 +172,8 @@ class Run:
     frozen: list[Frozen] = field(default_factory=list)
     beyond: dict[str, Tensor] = field(default_factory=dict)
     """Cells that a returned tensor has past the logical shape, by output name."""
+    accesses: list[Access] | None = None
+    """Every misuse of memory that was seen; None where nobody looked."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +181,8 @@ class Pages:
     """Where each logical block lives: shuffled page ids in a table cut out of a wider one.
 
     Columns past a request's last block, and the cells around the table, name a valid page that holds only poison: a kernel
-    that follows them computes something wrong instead of crashing.
+    that follows them computes something wrong instead of crashing. The row of a padded request names another such page, as
+    a scheduler's null page, which may be read.
     """
 
     table: Tensor  # [R, columns] int32
@@ -161,16 +196,25 @@ class Pages:
         count = max(owned + SPARE_PAGES, world.pages)
         key = int.from_bytes(hashlib.sha256(f"{case!r}/{salt}".encode()).digest()[:8], "little") >> 1
         order = torch.randperm(count, generator=torch.Generator().manual_seed(key)).to(torch.int32) + first
-        poisoned = int(order[-1])
+        null, poisoned = order[-2:].tolist()
         columns = max(case.block_columns + 2, world.columns)
         width = -(-(columns + TABLE_MARGIN) // 16) * 16
         wide = torch.full((len(case.kv_lens) + 2, width), poisoned, dtype=torch.int32)
         start = 0
         for row, n in enumerate(case.kv_lens, start=1):
+            wide[row, TABLE_MARGIN : TABLE_MARGIN + columns] = poisoned if n else null
             wide[row, TABLE_MARGIN : TABLE_MARGIN + blocks(n)] = order[start : start + blocks(n)]
             start += blocks(n)
         table = wide.to(device)[1:-1, TABLE_MARGIN : TABLE_MARGIN + columns]
         return cls(table, count, first)
+
+    def readable(self, case: Case) -> Tensor:
+        """Bool by page id: the pages of the requests, and the null page of padded ones."""
+        named = [self.table[row, : max(blocks(n), 1)] for row, n in enumerate(case.kv_lens)]
+        mask = torch.zeros(self.first + self.count, dtype=torch.bool, device=self.table.device)
+        if named:
+            mask[torch.cat(named).long()] = True
+        return mask
 
     def slots(self, case: Case) -> Tensor:
         """Physical slot (page · 128 + offset) of each of the N logical tokens, int64."""

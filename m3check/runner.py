@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from m3check import checks
     from m3check.config import RunOptions
     from m3check.device import Launches
+    from m3check.kernels.contract import Observe
     from m3check.paging import Run, World
 
 Answer = TypeVar("Answer")
@@ -178,6 +179,9 @@ class KernelRaised(Exception):
 
 def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -> list[Finding]:
     from m3check import checks
+    from m3check.checks import accesses
+    from m3check.checks.view import View
+    from m3check.paging import World
 
     inputs = cases.make_inputs(case, session.device)
     run, launches = call(kernel, inputs, session)
@@ -189,6 +193,9 @@ def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -
         dot=dot,
         pv=pv,
     )
+    if any(access.misuse == "unwritten" for access in run.accesses or ()):
+        again, _ = call(kernel, inputs, session, World(poison="garbage"))
+        accesses.weigh(View(OPS[case.op], inputs, run, {}, setting), again)
     judge = Judge(inputs, setting)
     findings = judge(inputs, run)
     if names and not _red(findings):  # a result that is red already needs no further cause
@@ -250,7 +257,7 @@ def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None =
 
     def run() -> tuple[Run, Launches | None]:
         if session.evidence != "device":
-            return contract.call(kernel, inputs, world), None
+            return contract.call(kernel, inputs, world, _observe(world)), None
         with device.recording() as launches:
             result = contract.call(kernel, inputs, world)
         import torch
@@ -262,6 +269,15 @@ def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None =
         with rerun.fresh_garbage():
             return guarded(kernel, run)
     return guarded(kernel, run)
+
+
+def _observe(world: World | None) -> Observe | None:
+    """What watches the memory of an interpreted call: the first call of a case, whose findings the `memory` check tells."""
+    if world is not None:
+        return None
+    from m3check.interpret import addresses
+
+    return addresses.observed
 
 
 def guarded(kernel: Kernel, run: Callable[[], Answer]) -> Answer:

@@ -480,7 +480,7 @@ def watchers_see_addresses():
     seen = []
     a, out = torch.arange(4.0), torch.zeros(4)
 
-    def watcher(addresses, mask, size, kind):
+    def watcher(addresses, mask, size, kind, values):
         seen.append((kind, sorted(addresses[mask].tolist()), size))
 
     memory.watch(watcher)

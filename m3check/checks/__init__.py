@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.checks import attention, edges, finite, integrity, probes, scores, selection
+from m3check.checks import accesses, attention, edges, finite, integrity, probes, scores, selection
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.types import OPS, Finding, Inputs, Outputs, Status
@@ -62,6 +62,8 @@ CHECKS: tuple[Check, ...] = (
           attention.check_tokens),
     Check("scale", "out", "another softmax scale, a factor on the output", "changes below the noise of a row",
           attention.check_scale),
+    Check("memory", "", "any address outside a tensor, in a page of nobody, never written, or raced for (interpreted)",
+          "tensors beyond 1 GB; a read of the wrong cell", accesses.check_memory),
     Check("guards", "", "writes around and between the rows of a buffer", "memory that nobody watches",
           integrity.check_guards),
     Check("inputs", "", "writes into inputs", "a value written back unchanged", integrity.check_inputs),

@@ -7,16 +7,17 @@ m3check does not know is an error that lists the known ones. `m3check kernels --
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from m3check.types import OPS, Inputs, Kernel, M3CheckError
+from m3check.types import OPS, Case, Inputs, Kernel, M3CheckError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from m3check.paging import Guard, Pages, Run, World
+    from m3check.paging import Access, Guard, Pages, Run, Territory, World
 
 PARAMETERS: Mapping[str, str] = {
     "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
@@ -110,23 +111,29 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
     return frozenset(p for p in known if p in parameters)
 
 
-def call(kernel: Kernel, inputs: Inputs, world: World | None = None) -> Run:
+Observe: TypeAlias = "Callable[[Sequence[Territory]], AbstractContextManager[list[Access]]]"
+"""Watches memory while a kernel runs that may use these tensors only; the list is complete when the block is left."""
+
+
+def call(kernel: Kernel, inputs: Inputs, world: World | None = None, observe: Observe | None = None) -> Run:
     """Run one kernel (or, for a chain, its parts in order) on physical tensors made from `inputs`."""
     from m3check.paging import World
 
     world = world or World()
     if OPS[kernel.op].chain:
-        return _call_chain(kernel, inputs, world)
-    return _call_one(kernel, inputs, world, upstream={})
+        return _call_chain(kernel, inputs, world, observe)
+    return _call_one(kernel, inputs, world, {}, observe)
 
 
-def _call_chain(kernel: Kernel, inputs: Inputs, world: World) -> Run:
+def _call_chain(kernel: Kernel, inputs: Inputs, world: World, observe: Observe | None) -> Run:
     from m3check.paging import Run
 
-    total = Run({})
+    total = Run({}, accesses=[] if observe else None)
     upstream: dict[str, Tensor] = {}
     for op in OPS[kernel.op].chain:
-        run = _call_one(kernel.parts[op], inputs, world, upstream)
+        run = _call_one(kernel.parts[op], inputs, world, upstream, observe)
+        if total.accesses is not None and run.accesses:
+            total.accesses += run.accesses
         total.outputs |= run.outputs
         total.guards += run.guards
         total.frozen += run.frozen
@@ -143,6 +150,8 @@ class Prepared:
     arguments: dict[str, Any]
     buffers: dict[str, Guard]  # what the kernel writes into, the one that holds its result first
     run: Run
+    territories: tuple[Territory, ...] = ()
+    """What the kernel may do with each tensor."""
 
     def launch(self) -> Any:
         """Call the kernel; returns its result, in physical form."""
@@ -159,9 +168,13 @@ class Prepared:
         return self.run
 
 
-def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, Tensor]) -> Run:
+def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, Tensor], observe: Observe | None) -> Run:
     prepared = prepare(kernel, inputs, world, upstream)
-    result = prepared.launch()
+    if observe is None:
+        result = prepared.launch()
+    else:
+        with observe(prepared.territories) as prepared.run.accesses:
+            result = prepared.launch()
     upstream[OPS[kernel.op].outputs[0]] = result
     return prepared.take(result)
 
@@ -221,7 +234,28 @@ def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str,
     if world.odd_strides:
         tensors = {name: value for name, value in arguments.items() if hasattr(value, "as_strided")}
         arguments |= {name: paging.oddly_strided(value) for name, value in tensors.items()}
-    return Prepared(kernel, inputs, {name: arguments[name] for name in accepted if name in arguments}, buffers, run)
+    arguments = {name: arguments[name] for name in accepted if name in arguments}
+    return Prepared(kernel, inputs, arguments, buffers, run, _territories(arguments, buffers.keys(), pages, case))
+
+
+def _territories(arguments: Mapping[str, Any], outputs: Container[str], pages: Pages, case: Case) -> tuple[Territory, ...]:
+    """Which cells of its arguments a kernel may read: all of a view, but of caches the pages that a request owns.
+
+    Whole pages, since kernels load a page whole and hide its dead slots; whole rows of a block table, though following a
+    column past a request's last block leads to a page that nobody owns.
+    """
+    from m3check.paging import Territory
+    from m3check.types import BLOCK
+
+    def owned(name: str, tensor: Tensor) -> Tensor | None:
+        if name in ("index_kv_cache", "kv_cache"):
+            return pages.readable(case)
+        if name in ("k_scale", "v_scale") and tensor.dim() == 2:
+            return pages.readable(case).repeat_interleave(BLOCK).expand(tensor.shape[0], -1)
+        return None
+
+    tensors = {name: value for name, value in arguments.items() if hasattr(value, "as_strided")}
+    return tuple(Territory(name, t, owned(name, t), name in outputs) for name, t in tensors.items())
 
 
 def _touched(name: str, tensor: Tensor, pages: Pages) -> Tensor | None:

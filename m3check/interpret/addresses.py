@@ -1,0 +1,330 @@
+"""Every address that an interpreted kernel reads or writes, against the memory that it may use.
+
+Memory is known by region, one for each storage: of the call's tensors, of those that the wrapper allocates meanwhile, and
+of whatever else it hands to a launch. A region has a byte of flags for each element, so that judging a tile is one gather.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from bisect import bisect_right, insort
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from numpy.lib.stride_tricks import as_strided
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime import interpreter as base
+
+from m3check.interpret import memory
+from m3check.paging import Access, Misuse, Territory
+
+OWN, READ, WRITE, WRITTEN = 1, 2, 4, 8
+"""A cell of a view; that may be read; that may be written; that holds something."""
+
+NEEDS = {"load": READ | WRITTEN, "store": WRITE, "atomic": READ | WRITE | WRITTEN}
+LIMIT = 1 << 30
+"""Bytes of a storage that is judged; the flags of a larger one would cost too much."""
+
+SEVERAL = -1
+"""Stands for the program that wrote a cell where several wrote the same value."""
+
+_UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
+_LIBRARIES = tuple(str(Path(str(m.__file__)).parent) + os.sep for m in (torch, triton, np))
+_HERE = str(Path(__file__).parent) + os.sep
+
+
+@contextmanager
+def observed(territories: Sequence[Territory]) -> Iterator[list[Access]]:
+    """Watch a call that may use these tensors and what it allocates; the list is complete when the block is left."""
+    watch = Watch(territories)
+    found: list[Access] = []
+    memory.watch(watch.access, watch.launch)
+    try:
+        with _Allocations(watch):
+            yield found
+    finally:
+        memory.unwatch(watch.access)
+        found += watch.found.values()
+
+
+class Region:
+    """One storage: flags and, within a launch, the program that wrote each cell."""
+
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.name = name
+        self.keep: Any = storage  # memory that is freed would be given to another tensor
+        self.base = storage.data_ptr()
+        self.size = storage.nbytes()
+        self.cell = tensor.element_size()
+        self.flags = np.zeros(self.size // self.cell if self.size <= LIMIT else 0, np.uint8)
+        self.page = 0, 1  # of the first view: its first cell, and cells to the next index of its first dimension
+        self.writers: Any = None
+        self.launch = -1
+
+    @property
+    def end(self) -> int:
+        """The first address behind it."""
+        return self.base + self.size
+
+    def view(self, tensor: torch.Tensor) -> Any:
+        """The flags of a view's cells; writing to them writes to the region's."""
+        ratio, rest = divmod(tensor.element_size(), self.cell)
+        if rest:  # narrower than the cells known so far
+            ratio, narrow = 1, tensor.element_size()
+            self.flags = self.flags.repeat(self.cell // narrow)
+            self.cell, self.writers = narrow, None
+        first = tensor.storage_offset() * ratio
+        shape, strides = (*tensor.shape, ratio), (*(s * ratio for s in tensor.stride()), 1)
+        return as_strided(self.flags[first:], shape, strides)
+
+    def write(self, cells: Any, program: int, launch: int) -> Any:
+        """Note who writes; the cells (bool) that another program of this launch wrote before."""
+        if self.launch != launch or self.writers is None:
+            self.writers, self.launch = np.zeros(len(self.flags), np.int32), launch
+        before = self.writers[cells]
+        others = (before != 0) & (before != program)
+        self.writers[cells] = np.where(others, SEVERAL, program)
+        self.flags[cells] |= WRITTEN
+        return others
+
+
+class Watch:
+    """What is known of memory during one call, and what was misused."""
+
+    def __init__(self, territories: Sequence[Territory]) -> None:
+        self.found: dict[tuple[Any, ...], Access] = {}
+        self._regions: dict[int, Region] = {}
+        self._bases: list[int] = []
+        self._ordered: list[Region] = []
+        self._launch = 0
+        self._atomics = False
+        self._kernel = ""
+        for territory in territories:
+            self._grant(territory)
+
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    def _grant(self, territory: Territory) -> None:
+        tensor = territory.view
+        if not tensor.numel():
+            return
+        region = self.know(tensor, f"`{territory.name}`", 0)
+        if not len(region.flags):
+            return
+        if tensor.dim():
+            region.page = int(tensor.storage_offset()), max(1, tensor.stride(0))
+        view = region.view(tensor)
+        view |= OWN | (WRITE if territory.output else WRITTEN)
+        if territory.owned is None:
+            view |= READ
+        else:
+            view[territory.owned.numpy()] |= READ
+
+    def know(self, tensor: torch.Tensor, name: str, flags: int) -> Region:
+        """The region of a tensor's storage, a new one with these flags where it was not known."""
+        address = tensor.untyped_storage().data_ptr()
+        region = self._regions.get(address)
+        if region is None:
+            region = self._regions[address] = Region(name, tensor)
+            region.flags |= flags
+            insort(self._bases, address)
+            self._ordered.insert(self._bases.index(address), region)
+        return region
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's storage was seen before; an empty one needs no knowing."""
+        storage = tensor.untyped_storage()
+        return not storage.nbytes() or storage.data_ptr() in self._regions
+
+    def wrote(self, tensor: torch.Tensor) -> None:
+        """Torch itself wrote a tensor."""
+        region = self._regions.get(tensor.untyped_storage().data_ptr())
+        if region is not None and len(region.flags) and tensor.numel():
+            region.view(tensor)[...] |= WRITTEN
+
+    @contextmanager
+    def launch(self, kernel: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """One launch; a tensor that nobody knows, such as scratch kept from an earlier call, may be used whole."""
+        for name, value in arguments.items():
+            tensor = getattr(value, "base", value)  # of a descriptor
+            if isinstance(tensor, torch.Tensor) and not self.is_known(tensor):
+                self.know(tensor, f"kept tensor `{name}`", OWN | READ | WRITE | WRITTEN)
+        self._launch += 1
+        self._kernel, self._atomics = kernel, False
+        with _disable_current_modes():
+            yield
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    def access(self, addresses: Any, mask: Any, size: int, kind: str, values: Any) -> Any:
+        """Judge one access; the lanes that would touch unknown memory are told, to be left out."""
+        whole = mask.all()
+        live = addresses.reshape(-1) if whole else np.broadcast_to(addresses, mask.shape)[mask]
+        if not live.size:
+            return None
+        if values is not None:
+            values = np.broadcast_to(values, addresses.shape)
+            values = values.reshape(-1) if whole else values[mask]
+        if kind == "atomic":
+            self._atomics = True
+        low, high = int(live.min()), int(live.max())
+        at = bisect_right(self._bases, low) - 1
+        if at >= 0 and high + size <= self._ordered[at].end:
+            self._inside(self._ordered[at], live, size, kind, values)
+            return None
+        which = np.searchsorted(np.array(self._bases, np.uint64), live, side="right") - 1
+        ends = np.array([region.end for region in self._ordered], np.uint64)
+        outside = (which < 0) | (live + np.uint64(size) > ends[which])
+        for index in np.unique(which[~outside]):
+            there = ~outside & (which == index)
+            self._inside(self._ordered[index], live[there], size, kind, values[there] if values is not None else None)
+        if not outside.any():
+            return None
+        for index in np.unique(which[outside]):
+            self._beside(int(index), live[outside & (which == index)], size, kind)
+        left_out = np.zeros(mask.shape, np.bool_)
+        left_out[mask] = outside
+        return left_out
+
+    def _inside(self, region: Region, live: Any, size: int, kind: str, values: Any) -> None:
+        if not len(region.flags):
+            return
+        offsets = live - np.uint64(region.base)
+        cells = (offsets >> np.uint64(region.cell.bit_length() - 1)).view(np.int64)
+        flags = region.flags.take(cells)
+        need = NEEDS[kind]
+        for further in range(1, size // region.cell):
+            flags &= region.flags.take(cells + further)
+        if np.bitwise_and.reduce(flags) & need != need:
+            self._misused(region, cells, flags, kind)
+        program = self._program()
+        if kind == "store":
+            others = region.write(cells, program, self._launch)
+            if others.any():
+                self._race(region, offsets, cells, others, size, values)
+            for further in range(1, size // region.cell):
+                region.flags[cells + further] |= WRITTEN
+        elif kind == "atomic":
+            region.flags[cells] |= WRITTEN
+        elif region.launch == self._launch and region.writers is not None and not self._atomics:
+            before = region.writers.take(cells)
+            foreign = (before > 0) & (before != program)
+            if foreign.any():
+                self._note("unordered", kind, region.name, self._cell(region, cells[foreign][0]), int(foreign.sum()))
+
+    def _misused(self, region: Region, cells: Any, flags: Any, kind: str) -> None:
+        """Say of each lane that lacks a right which one it is."""
+        own = (flags & OWN) != 0
+        if not own.all():
+            first = int(cells[~own][0])
+            self._note("outside", kind, region.name, self._distance(region, first), int((~own).sum()))
+        if kind != "load":
+            closed = own & ((flags & WRITE) == 0)
+            if closed.any():
+                self._note("input", kind, region.name, self._cell(region, cells[closed][0]), int(closed.sum()))
+        if kind == "store":
+            return
+        foreign = own & ((flags & READ) == 0)
+        if foreign.any():
+            first, step = region.page
+            where = f"page {(int(cells[foreign][0]) - first) // step}"
+            self._note("unowned", kind, region.name, where, int(foreign.sum()))
+        unwritten = own & ((flags & (READ | WRITTEN)) == READ)
+        if unwritten.any():
+            self._note("unwritten", kind, region.name, self._cell(region, cells[unwritten][0]), int(unwritten.sum()))
+
+    def _race(self, region: Region, offsets: Any, cells: Any, others: Any, size: int, values: Any) -> None:
+        """Another program wrote these cells: wrong unless it wrote the same bits."""
+        if values.dtype.itemsize != size or (offsets % np.uint64(size)).any():
+            return
+        whole = region.size // size
+        bits = memory.bytes_at(region.base, whole * size).view(np.dtype(f"u{size}"))
+        now = bits[(offsets[others] // np.uint64(size)).view(np.int64)]
+        changed = now != np.ascontiguousarray(values[others]).view(bits.dtype)
+        if changed.any():
+            self._note("race", "store", region.name, self._cell(region, cells[others][changed][0]), int(changed.sum()))
+
+    def _beside(self, index: int, live: Any, size: int, kind: str) -> None:
+        """Addresses in no storage that is known: named after the nearest one."""
+        address = int(live[0])
+        near = [(address - r.end + size, "past the end", r) for r in self._ordered[max(index, 0) : max(index, 0) + 1]]
+        near += [(r.base - address, "before the start", r) for r in self._ordered[index + 1 : index + 2]]
+        distance, side, region = min(((d, s, r) for d, s, r in near if d > 0), key=lambda n: n[0])
+        where = f"{_elements(-(-distance // size))} {side} of its storage"
+        self._note("outside", kind, region.name, where, len(live))
+
+    # -- words --------------------------------------------------------------------------------------------------------
+
+    def _distance(self, region: Region, cell: int) -> str:
+        own = np.flatnonzero(region.flags & OWN)
+        after = int(np.searchsorted(own, cell))
+        past = cell - int(own[after - 1]) if after else None
+        before = int(own[after]) - cell if after < len(own) else None
+        if past is not None and (before is None or past <= before):
+            return f"{_elements(past)} past {'a cell of its view' if before is not None else 'its end'}"
+        assert before is not None  # a view has at least one cell
+        return f"{_elements(before)} before {'a cell of its view' if past is not None else 'its start'}"
+
+    def _cell(self, region: Region, cell: Any) -> str:
+        return f"element {int(cell) - region.page[0]}"
+
+    def _program(self) -> int:
+        x, y, z = base.interpreter_builder.grid_idx
+        nx, ny, _ = base.interpreter_builder.grid_dim
+        return int(1 + x + nx * (y + ny * z))
+
+    def _note(self, misuse: Misuse, kind: Any, tensor: str, where: str, count: int) -> None:
+        line = _line()
+        key = misuse, kind, tensor, line
+        known = self.found.get(key)
+        if known is not None:
+            where, program, count = known.where, known.program, known.count + count
+        else:
+            x, y, z = base.interpreter_builder.grid_idx
+            program = int(x), int(y), int(z)
+        self.found[key] = Access(misuse, kind, tensor, where, self._kernel, program, line, count)
+
+
+class _Allocations(TorchDispatchMode):
+    """What the wrapper allocates and what torch writes, between launches."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor) and not self._watch.is_known(tensor):
+                written = 0 if func.overloadpacket.__name__ in _UNWRITTEN else WRITTEN
+                name = f"temporary {list(tensor.shape)} of {_line()}"
+                self._watch.know(tensor, name, OWN | READ | WRITE | written)
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                target = args[place] if place < len(args) else kwargs.get(argument.name)
+                if isinstance(target, torch.Tensor):
+                    self._watch.wrote(target)
+        return out
+
+
+def _elements(count: int) -> str:
+    return "1 element" if count == 1 else f"{count} elements"
+
+
+def _line() -> str:
+    """The innermost line of source that is neither a library's nor the watch's: file.py:12."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((*_LIBRARIES, _HERE, "<")) and "contextlib" not in file:
+            return f"{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "unknown line"
