@@ -15,6 +15,9 @@ REACH = 2**31
 NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Linux's flag, which Python names from 3.13 on: the kernel sets no memory aside."""
 
+SHARE = 4
+"""How many times over a GPU must have the memory free, which other workers may be about to take."""
+
 
 def allocate(elements: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """`elements` zeros, and REACH more before them: there an offset that wrapped around lands, instead of in a fault.
@@ -30,8 +33,8 @@ def allocate(elements: int, dtype: torch.dtype, device: torch.device | str) -> T
             raise M3CheckError(f"{size >> 30} GB of address space cannot be mapped: {error}") from error
     else:
         free, _ = torch.cuda.mem_get_info(device)
-        if free < 2 * size:
-            raise M3CheckError(f"{size >> 30} GB are needed twice over and {free >> 30} GB are free on {device}")
+        if free < SHARE * size:
+            raise M3CheckError(f"{SHARE * size >> 30} GB should be free on {device}, and {free >> 30} GB are")
         raw = torch.zeros(size, dtype=torch.uint8, device=device)
     return raw.view(dtype)[REACH:]
 

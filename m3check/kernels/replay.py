@@ -33,7 +33,7 @@ def _launch(stages: Sequence[Prepared]) -> list[Any]:
     passed: dict[str, Any] = {}
     results = []
     for stage in stages:
-        stage.arguments |= passed
+        stage.arguments |= {name: value for name, value in passed.items() if name in stage.arguments}
         result = stage.launch()
         passed |= {"ids": {"topk_idx": result}, "score": {"score": result}}.get(OPS[stage.kernel.op].outputs[0], {})
         results.append(result)
@@ -77,13 +77,14 @@ def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run
 
 def _copy(stage: Prepared, new: Prepared) -> None:
     """Put the contents of another call's tensors where a captured graph reads them."""
-    handed = {"score", "topk_idx"} if stage.arguments.keys() & {"score", "topk_idx"} else set()
     for name, tensor in stage.arguments.items():
         source = new.arguments[name]
-        if not hasattr(tensor, "copy_") or (name in handed and not source.numel() and tensor.numel()):
-            if not hasattr(tensor, "copy_") and tensor != source:
+        if not hasattr(tensor, "copy_"):
+            if tensor != source:
                 raise M3CheckError(f"a graph cannot be replayed with another {name}: {tensor}, then {source}")
             continue
+        if name in ("score", "topk_idx") and not source.numel():
+            continue  # handed over by an earlier kernel of the graph
         if tensor.shape != source.shape:
             raise M3CheckError(
                 f"a graph cannot be replayed with {name} of shape {list(source.shape)}, not {list(tensor.shape)}"

@@ -1,0 +1,188 @@
+"""Graphs, launches in flight and dependent launches: shown with stand-ins for streams and graphs, and on a GPU for real."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+import torch_kernels as right
+from test_invariants import like, session
+
+from m3check import cases, invariants, kernels, runner
+from m3check.arch import ARCHS, find_arch, present
+from m3check.types import PlanLine, Status
+
+CASES = (
+    "index_score/q=3+2,kv=447+305,h=2,d=64",
+    "index_topk/q=1+2,kv=1024+561,h=2,topk=3",
+    "index_decode_score/q=2x3,kv=2+633+300,h=2,d=64",
+    "index_decode/q=2x2,kv=733+400,h=2,d=64,topk=4",
+    "sparse_attn/q=2+3,kv=525+384,h=2,g=4,d=64,topk=3,cache=fp8_e4m3fn,scale=token",
+    "sparse_attn_decode/q=2x2,kv=700+577,h=2,g=2,d=64,topk=3,layout=pool",
+    "prefill/q=2+3,kv=525+384,h=2,g=2,d=64,topk=3",
+    "decode/q=2x2,kv=300+609,h=2,g=2,d=64,topk=3,cache=fp8_e4m3fn,scale=token",
+)
+ON_A_DEVICE = ("graph", "load", "dependent_launch")
+
+
+class Replays:
+    """torch.cuda, as far as it is used, without a GPU: a graph calls what was captured again, on the same tensors."""
+
+    def __init__(self):
+        self.mode = "eager"
+        self.calls = []
+
+    def captured(self, function, op):
+        @like(op)
+        def call(**arguments):
+            result = function(**arguments)
+            if self.mode == "capture":
+                self.calls.append((function, arguments, result))
+            return result
+
+        return call
+
+    @contextmanager
+    def graph(self, _graph):
+        self.mode, self.calls = "capture", []
+        yield
+        self.mode = "eager"
+
+    def replay(self):
+        self.mode = "replay"
+        for function, arguments, result in self.calls:
+            new = function(**arguments)
+            if result is not None:
+                result.copy_(new)
+        self.mode = "eager"
+
+
+class Stream:
+    def wait_stream(self, _other):
+        """Nothing runs beside anything here."""
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    pytest.importorskip("triton")
+    found = Replays()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: found)
+    monkeypatch.setattr(torch.cuda, "graph", found.graph)
+    return found
+
+
+def run(replays, functions, case, names, switch=None):
+    made = session({op: replays.captured(function, op) for op, function in functions.items()})
+    made = replace(made, evidence="device", loaded=replace(made.loaded, dependent_launch=switch))
+    parsed = cases.parse_id(case)
+    return runner.run_one(parsed, made, PlanLine(case, parsed.op, "user", "device", None, names), "")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_right_kernels_hold_them(replays, case):
+    result = run(replays, right.RIGHT, case, ON_A_DEVICE, switch=lambda on: None)
+    assert result.status is Status.PASSED, result.reason
+    wanted = {name for name in invariants.fitting(cases.parse_id(case), "device") if name in ON_A_DEVICE}
+    shown = {f.check for f in result.findings if not f.hint}
+    assert wanted <= shown, [f for f in result.findings if f.hint]
+    assert {"graph", "load"} <= wanted
+
+
+@pytest.mark.parametrize("frozen", ["seq_lens", "block_table"])
+def test_graph_catches_what_was_read_on_the_host_at_capture(replays, frozen):
+    kept = {}
+
+    @like("sparse_attn_decode")
+    def reads_early(**arguments):
+        if replays.mode == "capture":
+            kept[frozen] = arguments[frozen].clone()
+        if replays.mode == "replay":
+            arguments[frozen] = kept[frozen]
+        right.sparse_attn_decode(**arguments)
+
+    functions = {"sparse_attn_decode": reads_early}
+    case = "sparse_attn_decode/q=2x2,kv=700+333,h=2,g=2,d=64,topk=2"
+    assert run(replays, functions, case, ()).status is Status.PASSED
+    result = run(replays, functions, case, ("graph",))
+    assert result.status is Status.FAILED
+    assert "graph replayed with other lengths" in result.reason
+
+
+def test_graph_catches_live_rows_counted_at_capture(replays):
+    kept = {}
+
+    @like("index_decode")
+    def counts_early(**arguments):
+        if replays.mode != "replay":
+            kept["dead"] = arguments["seq_lens"] == 0
+        ids = right.index_decode(**arguments)
+        dead = (arguments["seq_lens"] == 0) & ~kept["dead"]
+        ids[:, dead.repeat_interleave(arguments["decode_query_len"])] = 0
+        return ids
+
+    case = "index_decode/q=2x2,kv=733+400,h=2,d=64,topk=4"
+    result = run(replays, {"index_decode": counts_early}, case, ("graph",))
+    assert result.status is Status.FAILED
+    assert "fewer live rows" in result.reason
+
+
+def test_a_kernel_that_cannot_be_captured_is_red(replays):
+    @like("index_score")
+    def synchronises(**arguments):
+        assert replays.mode != "capture", "operation not permitted when stream is capturing"
+        return right.index_score(**arguments)
+
+    result = run(replays, {"index_score": synchronises}, CASES[0], ("graph",))
+    assert result.status is Status.FAILED
+    assert "not permitted when stream is capturing" in result.reason
+
+
+def test_load_catches_a_launch_that_is_not_like_the_others(replays):
+    calls = []
+
+    @like("index_score")
+    def sometimes(**arguments):
+        score = right.index_score(**arguments)
+        calls.append(0)
+        return score * 2 if len(calls) == 9 else score
+
+    result = run(replays, {"index_score": sometimes}, CASES[0], ("load",))
+    assert result.status is Status.FAILED
+    assert "in flight on two streams" in result.reason
+
+
+def test_dependent_launch_catches_a_result_that_needs_it(replays):
+    on = [True]
+
+    @like("index_decode_score")
+    def eager_reader(**arguments):
+        score = right.index_decode_score(**arguments)
+        return score if on[0] else score * 2
+
+    def switch(value):
+        on[0] = value
+
+    case = "index_decode_score/q=2x3,kv=2+633+300,h=2,d=64,local=0"
+    result = run(replays, {"index_decode_score": eager_reader}, case, ("dependent_launch",), switch)
+    assert result.status is Status.FAILED
+    assert "without programmatic dependent launch" in result.reason
+    assert on == [True], "it is switched on again"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_our_triton_kernels_hold_every_invariant_on_this_gpu(case):
+    index, name = next((i, name) for i, name in present() if name in ARCHS)
+    arch = find_arch(name)
+    loaded = kernels.load(kernels.parse_spec("triton"), arch, "device", True)
+    parsed = cases.parse_id(case)
+    line = PlanLine(case, parsed.op, "triton", "device", None, invariants.fitting(parsed, "device"))
+    result = runner.run_one(parsed, runner.Session(arch, "device", f"cuda:{index}", loaded), line, "")
+    assert result.status is Status.PASSED, result.reason
+    assert not [f for f in result.findings if "not tried" in f.hint]
