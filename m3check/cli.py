@@ -22,6 +22,7 @@ COMMANDS = (  # in the order of the help: name, one line
     ("show", "one record as a report, several as an op × arch × provider table"),
     ("compare", "two records of one target: what got worse; exits 1 on a regression"),
     ("merge", "several records of one target into one"),
+    ("mutants", "measure the harness: wrong kernels on purpose, and how many of them a tier turns red"),
     ("doctor", "what this machine has, what is missing, and what to do about it"),
     ("schema", "the JSON Schema of report.json"),
 )
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made["merge"].add_argument("records", nargs="+", metavar="RECORD", help="report.json, or the folder that holds it")
     made["merge"].add_argument("--out", metavar="DIR", help="write the reports there (default: report.json on stdout)")
+    _mutants(made["mutants"])
     return whole
 
 
@@ -117,6 +119,19 @@ def _running(command: argparse.ArgumentParser) -> None:
     how.add_argument("--sanitize", action="store_true", help="not available in this version: exits 4")
     how.add_argument("--save-failures", type=int, metavar="N", help="not available in this version: exits 4")
     how.add_argument("--out", metavar="DIR", help="folder of journal and reports (default reports/<arch>/)")
+
+
+def _mutants(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--arch", metavar="ARCH", help="target (default sm90); interpreted where its GPU is not here")
+    command.add_argument("--kernels", nargs="+", action="extend", metavar="SPEC", help="whose to make wrong (triton)")
+    command.add_argument("--tier", metavar="TIER", help="the cases that mutants meet: smoke (default), ci, full")
+    command.add_argument("--sample", type=int, metavar="N", help="so many generic edits, by --seed (default: of each)")
+    command.add_argument("--all", action="store_true", help="every generic edit")
+    command.add_argument("--only", nargs="+", metavar="TEXT", help="those whose kind, hash, name or text has one of these")
+    command.add_argument("--seed", type=int, metavar="N", help="of --sample (default 0)")
+    command.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (default 2)")
+    command.add_argument("--offline", action="store_true", help="never connect; a wheel must be in the cache")
+    command.add_argument("--json", metavar="FILE", help="write what became of each mutant there")
 
 
 def _shard(text: str) -> tuple[int, int]:

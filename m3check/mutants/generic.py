@@ -161,9 +161,7 @@ class _Function:
         yield from self._expressions(head)
 
     def _statement(self, node: ast.stmt) -> Iterator[_Site]:
-        if isinstance(node, ast.AugAssign):
-            yield _Site("statement dropped", node, "pass")
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        if isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
             yield _Site("statement dropped", node, "pass")
         elif isinstance(node, ast.Assign):
             stored = {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Sources:
     """Relative to `root`; empty for a provider whose sources are not edited, only wrapped."""
 
     def read(self, file: str) -> bytes:
+        """One file's text."""
         return (self.root / file).read_bytes()
 
 
@@ -119,9 +120,3 @@ def _vllm_copy(origin: Sources, mutant: Mutant, folder: Path) -> Spec:
     for file in {edit.file for edit in mutant.edits}:
         (folder / TREE / file).write_bytes(edited(origin.read(file), mutant, file))
     return replace(origin.spec, version="", path=str(folder))
-
-
-def statement_lines(text: str, part: str) -> Mapping[str, int]:
-    """Line numbers of the first and last line of `part` in `text`."""
-    first = text[: text.index(part)].count("\n") + 1
-    return {"first": first, "last": first + part.count("\n")}

@@ -1,0 +1,106 @@
+"""`m3check mutants`: wrong kernels on purpose, and how many of them a tier turns red."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m3check.commands.talk import emit, talk
+from m3check.config import RunOptions
+from m3check.types import M3CheckError
+
+if TYPE_CHECKING:
+    from m3check.mutants.catalogue import Row
+    from m3check.mutants.mutant import Mutant, Outcome
+    from m3check.mutants.sources import Sources
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure, print the scores and what survived; 0 if nothing survives unreviewed and every control is green."""
+    from m3check import arch as arches
+    from m3check import runner
+    from m3check.mutants import tables
+    from m3check.mutants.review import judged, reviewed
+
+    specs = tuple(arguments.kernels or ["triton"])
+    options = RunOptions(
+        arch=arguments.arch or "sm90", kernels=specs, tier=arguments.tier or "smoke", offline=arguments.offline
+    )
+    evidence, _, why = runner.evidence_for(arches.find_arch(options.arch))
+    if evidence != "device":
+        _interpret()
+    talk(f"m3check: {why}")
+    entries = reviewed()
+    started = time.monotonic()
+    outcomes: list[Outcome] = []
+    without: dict[str, list[Row]] = {}
+    dropped: list[str] = []
+    for text in specs:
+        found, without[text], unused = _one(options, text, evidence, arguments)
+        outcomes += judged(found, entries)
+        dropped += unused
+    controls = [o for o in outcomes if o.mutant.kind == "control"]
+    wrong = [o for o in outcomes if o.verdict in ("survived", "unreached")]
+    alarms = [o for o in controls if o.verdict != "green"]
+    emit(tables.summary(outcomes))
+    emit(f"\nkilled by: {tables.checks(outcomes)}")
+    if controls:
+        emit(f"negative controls: {len(controls) - len(alarms)} of {len(controls)} green")
+    for outcome in (*alarms, *wrong, *(o for o in outcomes if o.verdict in ("accepted", "equivalent"))):
+        emit("- " + tables.line(outcome))
+    for row in dict.fromkeys(row for rows in without.values() for row in rows):
+        emit(f"- not made: {tables.without(row)}")
+    for sentence in dropped:
+        emit(f"- case not used: {sentence}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([tables.data(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
+    talk(f"m3check: {len(outcomes)} mutants in {time.monotonic() - started:.0f} s, tier {options.tier}")
+    if not outcomes:
+        raise M3CheckError("no mutant was chosen")
+    return 1 if wrong or alarms else 0
+
+
+def _one(
+    options: RunOptions, text: str, evidence: str, arguments: argparse.Namespace
+) -> tuple[list[Outcome], list[Row], list[str]]:
+    """Measure one provider: outcomes, catalogue rows that could not be made, cases that could not be used."""
+    from m3check.mutants import measure, tables
+
+    made = measure.bench(options, text, arguments.jobs or measure.cpus(), lambda words: talk(f"m3check: {words}"))
+    chosen, without = choose(made.origin, evidence, arguments)
+    talk(f"m3check: {text}: {len(chosen)} mutants, {len(made.clean)} cases")
+    outcomes = []
+    for outcome in measure.measure(made, chosen):
+        outcomes.append(outcome)
+        talk(f"[{len(outcomes)}/{len(chosen)}] {tables.line(outcome)}")
+    unused = [f"{text} {c.line.case}: the clean kernel is {c.status}: {c.reason}" for c in made.dropped]
+    return outcomes, without, unused
+
+
+def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant], list[Row]]:
+    """The mutants that a command line asks for, and the catalogue rows that have none here."""
+    from m3check.mutants import catalogue, controls, generic, sampled, standard
+
+    rows, without = catalogue.mutants(origin, evidence)
+    edits = [m for file in origin.files for m in generic.mutants(origin.name, file, origin.read(file))]
+    if arguments.sample is not None:
+        edits = sampled(edits, arguments.sample, arguments.seed or 0)
+    elif not arguments.all:
+        edits = standard(edits)
+    chosen = [*controls.controls(origin), *rows, *edits]
+    if arguments.only:
+        words = [word.lower() for word in arguments.only]
+        chosen = [m for m in chosen if any(word in f"{m.kind} {m.key} {m.name} {m.text}".lower() for word in words)]
+    return chosen, without
+
+
+def _interpret() -> None:
+    """Turn Triton's interpreter on for this process, before anything imports triton."""
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

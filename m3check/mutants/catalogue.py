@@ -1,0 +1,283 @@
+"""The catalogue: public defects of sparse-attention kernels, re-created on a correct kernel as named edits or wrappers.
+
+A row says where it can show: `interpreted` (on a CPU), `device` (needs a real launch), or `elsewhere`: not in the ops that
+m3check runs, with the reason. Edits are of our own kernels; wrappers go around anybody's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from m3check.mutants import wrappers as w
+from m3check.mutants.mutant import Edit, Mutant, Wrapper, content_key
+from m3check.mutants.sources import Sources
+
+SCORING = ("index_score", "index_decode_score", "index_decode")
+DECODE_SCORING = ("index_decode_score", "index_decode")
+SELECTING = ("index_topk", "index_decode")
+ATTENDING = ("sparse_attn", "sparse_attn_decode")
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """A form of a row that goes around a kernel."""
+
+    what: str
+    ops: tuple[str, ...]
+    make: Any
+    """A wrapper; or, with `fresh`, a function that makes one with a memory of its own."""
+    fresh: bool = False
+
+    def wrapper(self) -> Wrapper:
+        """What goes around a kernel."""
+        made: Wrapper = self.make() if self.fresh else self.make
+        return made
+
+
+@dataclass(frozen=True)
+class Change:
+    """A form of a row that edits our source: each (file, before, after) replaces the one place that reads `before`."""
+
+    what: str
+    replacements: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One public defect."""
+
+    name: str
+    defect: str
+    where: str  # interpreted, device or elsewhere
+    forms: tuple[Wrap | Change, ...] = ()
+    reason: str = ""
+
+
+ROWS: tuple[Row, ...] = (
+    Row("S1", "mask of keys past seq_len removed in the last partial block", "interpreted", (
+        Change("the last query's mask", (
+            ("scoring.py", "limit = tl.minimum(position, seq_len - 1)",
+             "limit = tl.where(position == seq_len - 1, position | 127, tl.minimum(position, seq_len - 1))"),
+            ("scoring.py", ", mask=(key < seq_len)[:, None], other=0)", ")"),
+        )),
+        Change("every query's mask in its last block", (
+            ("scoring.py", "limit = tl.minimum(position, seq_len - 1)", "limit = position | 127"),
+            ("scoring.py", ", mask=(key < seq_len)[:, None], other=0)", ")"),
+        )),
+    )),
+    Row("S2", "score row sized by a stale host length", "interpreted", (
+        Wrap("max_seq_len 64", ("index_score",), w.narrow_scores),
+    )),
+    Row("S3", "score cells of invisible blocks not written, and selection reads them", "interpreted", (
+        Change("selection reads every column", (
+            ("selection.py", "seen = live[:, None] & (block[None, :] < visible[:, None])",
+             "seen = live[:, None] & (block[None, :] < visible[:, None] + 16)"),
+        )),
+    ), "the contract lets score kernels leave those cells alone, so it is their reader that is made wrong"),
+    Row("S4", "page * stride in int32", "interpreted", (
+        Change("score kernels", (
+            ("scoring.py", "k_at = page * stride_cp + slot * stride_ct",
+             "k_at = (page.to(tl.int32) * stride_cp).to(tl.int32) + slot * stride_ct"),
+        )),
+        Change("attention", (
+            ("attention.py", "k_at = page * stride_cp + kv_head * stride_ch + (at % 128) * stride_ct",
+             "k_at = (page.to(tl.int32) * stride_cp).to(tl.int32) + kv_head * stride_ch + (at % 128) * stride_ct"),
+        )),
+    )),
+    Row("S6", "one selection for all index heads", "interpreted", (
+        Wrap("the largest score of any head", ("index_score",), w.after(w.shared_over_heads)),
+        Wrap("the first head's ids", SELECTING, w.after(w.shared_over_heads)),
+    )),
+    Row("S8", "index-head norm over all heads", "elsewhere", reason="the norm comes before these ops: index queries are "
+        "their input"),
+    Row("S9", "index queries rounded twice; cache of layer 0", "interpreted", (
+        Wrap("queries through e4m3", SCORING, w.given(idx_q=w.rounded_twice)),
+        Wrap("index cache of layer 0", SCORING, w.given(index_kv_cache=w.first_layer("index_kv_cache"))),
+        Wrap("main cache of layer 0", ATTENDING, w.given(kv_cache=w.first_layer("kv_cache"))),
+    )),
+    Row("S11", "a prefill chunk starts its first block's maximum anew", "interpreted", (
+        Wrap("earlier keys of that block lost", ("index_score",), w.given(index_kv_cache=w.chunk_start_forgotten)),
+    )),
+    Row("T1", "tie buffer capped; selection by a coarse bin", "interpreted", (
+        Wrap("two ties at most", SELECTING, w.after(w.few_ties)),
+        Change("bins of 20 bits", (
+            ("selection.py", "| (order << 24) |", "| ((order >> 20) << 44) |"),
+        )),
+    )),
+    Row("T2", "NaN not canonicalised", "interpreted", (
+        Change("NaN ranked by its bits", (
+            ("selection.py", "tl.where(score != score, -0x80000000, order) + 0x80000000", "order + 0x80000000"),
+        )),
+    )),
+    Row("T3", "k not clamped to the number of blocks", "interpreted", (
+        Wrap("unused slots hold ids", SELECTING, w.after(w.garbage_fills)),
+    )),
+    Row("T5", "forcing of the current block only; cut after sorting by id", "interpreted", (
+        Wrap("only the current block", SELECTING,
+             w.given(init_blocks=lambda k: 0, local_blocks=lambda k: min(1, k["local_blocks"]))),
+        Wrap("no forced block", SELECTING, w.given(init_blocks=lambda k: 0, local_blocks=lambda k: 0)),
+        Wrap("cut after sorting", SELECTING, w.cut_after_sort),
+    )),
+    Row("T7", "row start not subtracted", "interpreted", (
+        Wrap("positions count from the batch's first row", ("index_topk",),
+             w.given(prefix_lens=lambda k: k["prefix_lens"] + k["cu_seqlens_q"][:-1])),
+    )),
+    Row("T9", "state of the previous row survives a short row", "interpreted", (
+        Wrap("ids of the row before", SELECTING, w.after(w.stale_slots)),
+    )),
+    Row("T10", "padded rows written over others", "interpreted", (
+        Wrap("over the first row", SELECTING, w.after(w.padding_over_rows)),
+        Wrap("past the last row", SELECTING, w.after(w.padding_past_rows)),
+    )),
+    Row("T11", "-1 emitted early", "interpreted", (
+        Wrap("-1 in the first slot of short rows", SELECTING, w.after(w.hole_first)),
+    )),
+    Row("A1", "mask on V dropped, kept on scores", "interpreted", (
+        Change("V loaded where nothing is seen", (
+            ("attention.py", "page = tl.load(table + block * stride_tc, mask=seen, other=0)",
+             "page = tl.load(table + block * stride_tc, mask=block >= 0, other=0)"),
+            ("attention.py", "v = tl.load(pointers + D * stride_cd, mask=seen[:, None], other=0)",
+             "v = tl.load(pointers + D * stride_cd)"),
+        )),
+    )),
+    Row("A2", "-1 dereferenced, or clamped to page 0", "interpreted", (
+        Wrap("-1 is block 0", ATTENDING, w.given(topk_idx=lambda k: k["topk_idx"].clamp(min=0))),
+        Change("no test for negative ids", (
+            ("attention.py", "seen = (block >= 0) & (key < kv_len)", "seen = (slot < used) & (key < kv_len)"),
+        )),
+    )),
+    Row("A5", "token-major and head-major ids confused", "interpreted", (
+        Wrap("head-major read as token-major", ATTENDING, w.given(topk_idx=w.token_major_ids)),
+    )),
+    Row("A7", "causality: lengths without draft tokens, a mask in the last tile only, top-left alignment", "interpreted", (
+        Wrap("lengths without draft tokens", ("sparse_attn_decode", *DECODE_SCORING),
+             w.given(seq_lens=lambda k: (k["seq_lens"] - k["decode_query_len"] + 1).clamp(min=0))),
+        Wrap("top-left alignment", ("index_score", "index_topk", "sparse_attn"),
+             w.given(prefix_lens=lambda k: k["prefix_lens"] * 0)),
+        Change("prefill queries see the whole request", (
+            ("sparse_attn.py", "kv_len = tl.minimum(position + 1, tl.load(seq_lens + request))",
+             "kv_len = tl.load(seq_lens + request)"),
+        )),
+        Change("decode queries see the whole request", (
+            ("sparse_attn_decode.py", "- query_len + (token - request * query_len) + 1", "+ 0"),
+        )),
+    )),
+    Row("A8", "a page looked up too rarely; an identity table assumed", "interpreted", (
+        Wrap("every second page", (*SCORING, *ATTENDING), w.given(block_table=w.repeated_pages)),
+        Wrap("identity table", (*SCORING, *ATTENDING), w.given(block_table=w.identity_table)),
+    )),
+    Row("A10", "dense K/V strides assumed", "interpreted", (
+        Wrap("dense pages", ATTENDING, w.given(kv_cache=w.dense_cache)),
+    )),
+    Row("A11", "sm_scale baked from the first call, doubled, dropped", "interpreted", (
+        Wrap("of the first call", ATTENDING, w.baked_scale, fresh=True),
+        Wrap("doubled", ATTENDING, w.given(sm_scale=lambda k: 2 * k["sm_scale"])),
+        Wrap("dropped", ATTENDING, w.given(sm_scale=lambda k: 1.0)),
+    )),
+    Row("A12", "k_scale or v_scale dropped; a token's scale replaced by one for all", "interpreted", (
+        Wrap("k_scale dropped", ATTENDING, w.given(k_scale=lambda k: k["k_scale"] * 0 + 1)),
+        Wrap("v_scale dropped", ATTENDING, w.given(v_scale=lambda k: k["v_scale"] * 0 + 1)),
+        Wrap("k_scale for v", ATTENDING, w.given(v_scale=lambda k: k["k_scale"])),
+        Wrap("mean k_scale", ATTENDING, w.given(k_scale=w.mean_scale("k_scale"))),
+        Wrap("mean v_scale", ATTENDING, w.given(v_scale=w.mean_scale("v_scale"))),
+    )),
+    Row("A13", "fn codes read as fnuz; codes not reinterpreted", "interpreted", (
+        Wrap("main cache as fnuz", ATTENDING, w.given(kv_cache=w.as_fnuz("kv_cache"))),
+        Wrap("index cache as fnuz", SCORING, w.given(index_kv_cache=w.as_fnuz("index_kv_cache"))),
+        Wrap("main cache as integers", ATTENDING, w.given(kv_cache=w.as_numbers("kv_cache", "q"))),
+        Wrap("index cache as integers", SCORING, w.given(index_kv_cache=w.as_numbers("index_kv_cache", "idx_q"))),
+    )),
+    Row("A15", "normaliser over twice the lanes", "interpreted", (
+        Wrap("half the output", ATTENDING, w.after(lambda result, k: result.mul_(0.5))),
+    )),
+    Row("A16", "exp2 without log2 e, or exp with it", "interpreted", (
+        Wrap("without log2 e", ATTENDING, w.given(sm_scale=lambda k: k["sm_scale"] * math.log(2))),
+        Wrap("log2 e twice", ATTENDING, w.given(sm_scale=lambda k: k["sm_scale"] / math.log(2))),
+    )),
+    Row("M1", "no guard where every partial sum is empty", "interpreted", (
+        Change("attention", (
+            ("attention.py", "base = tl.where(new_top == float(\"-inf\"), 0.0, new_top)", "base = new_top"),
+        )),
+        Change("merge", (
+            ("sparse_attn_decode.py", "base = tl.where(new_top == float(\"-inf\"), 0.0, new_top)", "base = new_top"),
+        )),
+        Wrap("NaN in dead rows", ("sparse_attn_decode",), w.after(w.dead_rows_nan)),
+    ), "a provider whose profile leaves dead rows open has the wrapper noted, not killed"),
+    Row("M3", "base of the log-sum-exp differs in the merge", "interpreted", (
+        Change("weights of parts by exp", (
+            ("sparse_attn_decode.py", "weight = tl.exp2(top - base), tl.exp2(part_top - base)",
+             "weight = tl.exp(top - base), tl.exp(part_top - base)"),
+        )),
+    )),
+    Row("M5", "an empty chunk writes zeros to the final output", "device",
+        reason="a race between programs: the interpreter runs them one after another"),
+    Row("I1", "slot -1 written below the cache", "elsewhere", reason="cache insertion is not one of these ops"),
+    Row("I2", "index keys of the last page lost, or written in another dtype", "elsewhere",
+        reason="cache insertion is not one of these ops"),
+    Row("W1", "lengths frozen at capture", "device", (
+        Wrap("lengths of the shape's first call", (*DECODE_SCORING, "sparse_attn_decode"), w.first_lengths, fresh=True),
+    ), "shows where one kernel is called again with other lengths, as a graph is replayed"),
+    Row("W3", "two launches in flight share metadata", "device",
+        reason="interpreted launches are over when the call returns"),
+    Row("W4", "verify rows treated as prefill without a prefix", "interpreted", (
+        Wrap("lengths cut to the queries", ("sparse_attn_decode", *DECODE_SCORING), w.given(seq_lens=w.without_prefix)),
+    )),
+    Row("W5", "compile cache key lacks a field", "device", (
+        Wrap("forcing and scale of the first call of this shape", (*SELECTING, *ATTENDING), w.weak_cache_key, fresh=True),
+    ), "shows where one kernel is called again with other figures of the same shapes"),
+    Row("W7", "dependent-launch wait below the loads of ids and lengths", "device",
+        reason="interpreted launches are over when the call returns"),
+)  # fmt: skip
+
+
+def mutants(origin: Sources, evidence: str) -> tuple[list[Mutant], list[Row]]:
+    """The mutants of a provider that can be made here, and the rows that have none, each with its reason."""
+    made: list[Mutant] = []
+    without: list[Row] = []
+    for row in ROWS:
+        forms = [form for form in row.forms if isinstance(form, Wrap) or origin.name == "triton"]
+        found = [mutant for form in forms for mutant in _mutants(origin, row, form)]
+        if found and (row.where == "interpreted" or evidence == "device"):
+            made += found
+        else:
+            without.append(row)
+    return made, without
+
+
+def _mutants(origin: Sources, row: Row, form: Wrap | Change) -> list[Mutant]:
+    """One mutant for an edit, one for each op of a wrapper: every op must show it."""
+    name = f"{row.name} {form.what}"
+    if isinstance(form, Wrap):
+        return [
+            Mutant(
+                origin.name,
+                "catalogue",
+                f"{name}: {op}",
+                f"around {op}",
+                content_key(origin.name, "catalogue", row.name, form.what, op),
+                wrapper=form.wrapper(),
+                ops=frozenset({op}),
+                where=row.where,
+            )
+            for op in form.ops
+        ]
+    edits, lines = located(origin, form.replacements)
+    file, before, after = form.replacements[0]
+    text = f"{file}:{lines[0]} {before} → {after}" + (f" (and {len(edits) - 1} more)" if len(edits) > 1 else "")
+    key = content_key(origin.name, "catalogue", row.name, form.what)
+    return [Mutant(origin.name, "catalogue", name, text, key, edits, lines=(lines[0], lines[0]), where=row.where)]
+
+
+def located(origin: Sources, replacements: tuple[tuple[str, str, str], ...]) -> tuple[tuple[Edit, ...], list[int]]:
+    """Edits that replace texts which stand exactly once in their file, and the lines they begin on."""
+    edits, lines = [], []
+    for file, before, after in replacements:
+        source = origin.read(file)
+        if source.count(before.encode()) != 1:
+            raise ValueError(f"{file} has {source.count(before.encode())} places that read {before!r}, wanted one")
+        start = source.index(before.encode())
+        edits.append(Edit(file, start, start + len(before.encode()), after.encode()))
+        lines.append(source[:start].count(b"\n") + 1)
+    return tuple(edits), lines

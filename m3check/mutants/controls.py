@@ -1,0 +1,120 @@
+"""Negative controls: kernels that differ from ours, or from anybody's, and are just as right. Each must stay green."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from m3check.mutants import wrappers as w
+from m3check.mutants.catalogue import ATTENDING, SCORING, SELECTING, located
+from m3check.mutants.mutant import Mutant, content_key
+from m3check.mutants.sources import Sources
+from m3check.types import Case, Profile
+
+POLYNOMIAL = '''
+
+@triton.jit
+def _power(x):
+    """2 ** x by a polynomial of degree 7 on the fraction, within 2^-22."""
+    whole = tl.floor(x)
+    f = x - whole
+    p = 1.5252733804059841e-05 * f + 0.00015403530393381608
+    p = p * f + 0.0013333558146428443
+    p = p * f + 0.009618129107628477
+    p = p * f + 0.05550410866482158
+    p = p * f + 0.2402265069591007
+    p = p * f + 0.6931471805599453
+    p = p * f + 1.0
+    return tl.where(x < -140, 0.0, p * tl.exp2(tl.where(x < -140, 0.0, whole)))
+'''
+
+_EXP2 = {
+    "attention.py": (("p = tl.exp2(logit - base[:, None])", "p = {}(logit - base[:, None])"),
+                     ("decay = tl.exp2(top - base)", "decay = {}(top - base)")),
+    "sparse_attn_decode.py": (("tl.exp2(top - base), tl.exp2(part_top - base)",
+                               "{}(top - base), {}(part_top - base)"),),
+}  # fmt: skip
+
+
+def controls(origin: Sources) -> list[Mutant]:
+    """The controls that suit a provider."""
+    made = [
+        _around("N1 tied blocks swapped", SELECTING, w.after(w.swapped_ties), origin, profile=_free_ties),
+        _around("N2 another order of ids", ATTENDING, w.given(topk_idx=w.swapped_slots), origin, suits=_plain_lists),
+        _around("N3 pages permuted", (*SCORING, *ATTENDING), w.other_pages, origin),
+    ]
+    if origin.name == "triton":
+        made += [
+            _tiles("N2 no splits", origin, splits=lambda programs, most: 1),
+            _tiles("N2 as many splits as can be", origin, splits=lambda programs, most: max(1, most)),
+            _tiles("N2 64 keys a step of attention", origin, attention_keys=lambda dtype: 64),
+            _tiles("N2 256 keys a step of attention", origin, attention_keys=lambda dtype: 256),
+            _tiles("N2 16 rows and 32 keys a step of scoring", origin, score_rows=lambda rows, dtype: 16,
+                   score_keys=lambda dtype: 32),
+            _tiles("N2 selection in parts of 16 blocks", origin, selection=lambda columns, rows: (1, 16)),
+            _polynomial(origin),
+            _edited("N2 exp instead of exp2", origin, *((file, before, _by_exp(before))
+                    for file, pairs in _EXP2.items() for before, _ in pairs)),
+            _edited("N2 blocks from the last to the first", origin,
+                    ("scoring.py", "for block in range(first_block.to(tl.int64), last_block.to(tl.int64)):",
+                     "for back in range(first_block.to(tl.int64), last_block.to(tl.int64)):\n"
+                     "            block = first_block.to(tl.int64) + last_block.to(tl.int64) - 1 - back")),
+        ]  # fmt: skip
+    return made
+
+
+def _free_ties(profile: Profile) -> Profile:
+    return replace(profile, tie_rule="any")
+
+
+def _plain_lists(case: Case) -> bool:
+    return case.ids in ("full", "short")
+
+
+def _around(
+    name: str,
+    ops: tuple[str, ...],
+    wrapper: Callable[..., Any],
+    origin: Sources,
+    suits: Callable[[Case], bool] | None = None,
+    profile: Callable[[Profile], Profile] | None = None,
+) -> Mutant:
+    key = content_key(origin.name, "control", name)
+    text = f"around {', '.join(ops)}"
+    return Mutant(
+        origin.name, "control", name, text, key, wrapper=wrapper, ops=frozenset(ops), suits=suits, profile=profile
+    )
+
+
+def _tiles(name: str, origin: Sources, **figures: Callable[..., Any]) -> Mutant:
+    def prepare() -> None:
+        from m3check.kernels.triton import tiles
+
+        vars(tiles).update(figures)
+
+    return Mutant(origin.name, "control", name, f"tiles.{', '.join(figures)}", content_key(origin.name, "control", name),
+                  prepare=prepare)  # fmt: skip
+
+
+def _edited(name: str, origin: Sources, *replacements: tuple[str, str, str]) -> Mutant:
+    edits, _ = located(origin, replacements)
+    return Mutant(origin.name, "control", name, f"{replacements[0][1]} → {replacements[0][2]}",
+                  content_key(origin.name, "control", name), edits, lines=(1, 1 << 30))  # fmt: skip
+
+
+def _by_exp(text: str) -> str:
+    """exp2(a - b) as exp((a - b) · ln 2)."""
+    return text.replace("tl.exp2(", "tl.exp(0.6931471805599453 * (").replace(")", "))")
+
+
+def _polynomial(origin: Sources) -> Mutant:
+    replacements = []
+    for file, pairs in _EXP2.items():
+        replacements += [(file, before, after.replace("{}", "_power")) for before, after in pairs]
+        head = (
+            "\n\n@triton.jit\ndef "
+            + {"attention.py": "attend(", "sparse_attn_decode.py": "sparse_attn_decode_kernel("}[file]
+        )
+        replacements.append((file, head, POLYNOMIAL + head))
+    return _edited("N2 exp2 by a polynomial", origin, *replacements)
