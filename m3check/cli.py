@@ -125,6 +125,8 @@ def _mutants(command: argparse.ArgumentParser) -> None:
     command.add_argument("--arch", metavar="ARCH", help="target (default sm90); interpreted where its GPU is not here")
     command.add_argument("--kernels", nargs="+", action="extend", metavar="SPEC", help="whose to make wrong (triton)")
     command.add_argument("--tier", metavar="TIER", help="the cases that mutants meet: smoke (default), ci, full")
+    command.add_argument("--op", nargs="+", action="extend", metavar="OP", help="only cases of these ops (default: all)")
+    command.add_argument("-k", metavar="EXPR", help="only cases that match")
     command.add_argument("--sample", type=int, metavar="N", help="so many generic edits, by --seed (default: of each)")
     command.add_argument("--all", action="store_true", help="every generic edit")
     command.add_argument("--only", nargs="+", metavar="TEXT", help="those whose kind, hash, name or text has one of these")

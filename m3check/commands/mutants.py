@@ -29,7 +29,12 @@ def main(arguments: argparse.Namespace) -> int:
 
     specs = tuple(arguments.kernels or ["triton"])
     options = RunOptions(
-        arch=arguments.arch or "sm90", kernels=specs, tier=arguments.tier or "smoke", offline=arguments.offline
+        arch=arguments.arch or "sm90",
+        kernels=specs,
+        ops=tuple(arguments.op or ()),
+        tier=arguments.tier or "smoke",
+        expr=arguments.k or "",
+        offline=arguments.offline,
     )
     evidence, _, why = runner.evidence_for(arches.find_arch(options.arch))
     if evidence != "device":
@@ -92,7 +97,7 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
         edits = sampled(edits, arguments.sample, arguments.seed or 0)
     elif not arguments.all:
         edits = standard(edits)
-    chosen = [*controls.controls(origin), *rows, *edits]
+    chosen = [*rows, *edits, *controls.controls(origin)]
     if arguments.only:
         words = [word.lower() for word in arguments.only]
         chosen = [m for m in chosen if any(word in f"{m.kind} {m.key} {m.name} {m.text}".lower() for word in words)]

@@ -216,17 +216,17 @@ ROWS: tuple[Row, ...] = (
     Row("I1", "slot -1 written below the cache", "elsewhere", reason="cache insertion is not one of these ops"),
     Row("I2", "index keys of the last page lost, or written in another dtype", "elsewhere",
         reason="cache insertion is not one of these ops"),
-    Row("W1", "lengths frozen at capture", "device", (
+    Row("W1", "lengths frozen at capture", "interpreted", (
         Wrap("lengths of the shape's first call", (*DECODE_SCORING, "sparse_attn_decode"), w.first_lengths, fresh=True),
-    ), "shows where one kernel is called again with other lengths, as a graph is replayed"),
+    ), "here as lengths kept from an earlier call of the same shapes; a captured graph itself needs a device"),
     Row("W3", "two launches in flight share metadata", "device",
         reason="interpreted launches are over when the call returns"),
     Row("W4", "verify rows treated as prefill without a prefix", "interpreted", (
         Wrap("lengths cut to the queries", ("sparse_attn_decode", *DECODE_SCORING), w.given(seq_lens=w.without_prefix)),
     )),
-    Row("W5", "compile cache key lacks a field", "device", (
+    Row("W5", "compile cache key lacks a field", "interpreted", (
         Wrap("forcing and scale of the first call of this shape", (*SELECTING, *ATTENDING), w.weak_cache_key, fresh=True),
-    ), "shows where one kernel is called again with other figures of the same shapes"),
+    ), "here as figures kept from an earlier call of the same shapes"),
     Row("W7", "dependent-launch wait below the loads of ids and lengths", "device",
         reason="interpreted launches are over when the call returns"),
 )  # fmt: skip

@@ -46,13 +46,13 @@ def controls(origin: Sources) -> list[Mutant]:
     ]
     if origin.name == "triton":
         made += [
-            _tiles("N2 no splits", origin, splits=lambda programs, most: 1),
-            _tiles("N2 as many splits as can be", origin, splits=lambda programs, most: max(1, most)),
-            _tiles("N2 64 keys a step of attention", origin, attention_keys=lambda dtype: 64),
-            _tiles("N2 256 keys a step of attention", origin, attention_keys=lambda dtype: 256),
-            _tiles("N2 16 rows and 32 keys a step of scoring", origin, score_rows=lambda rows, dtype: 16,
+            _tiles("N2 no splits", origin, (*SCORING, *ATTENDING), splits=lambda programs, most: 1),
+            _tiles("N2 as many splits as can be", origin, (*SCORING, *ATTENDING), splits=lambda programs, most: most),
+            _tiles("N2 64 keys a step of attention", origin, ATTENDING, attention_keys=lambda dtype: 64),
+            _tiles("N2 256 keys a step of attention", origin, ATTENDING, attention_keys=lambda dtype: 256),
+            _tiles("N2 16 rows and 32 keys a step of scoring", origin, SCORING, score_rows=lambda rows, dtype: 16,
                    score_keys=lambda dtype: 32),
-            _tiles("N2 selection in parts of 16 blocks", origin, selection=lambda columns, rows: (1, 16)),
+            _tiles("N2 selection in parts of 16 blocks", origin, SELECTING, selection=lambda columns, rows: (1, 16)),
             _polynomial(origin),
             _edited("N2 exp instead of exp2", origin, *((file, before, _by_exp(before))
                     for file, pairs in _EXP2.items() for before, _ in pairs)),
@@ -87,14 +87,14 @@ def _around(
     )
 
 
-def _tiles(name: str, origin: Sources, **figures: Callable[..., Any]) -> Mutant:
+def _tiles(name: str, origin: Sources, ops: tuple[str, ...], **figures: Callable[..., Any]) -> Mutant:
     def prepare() -> None:
         from m3check.kernels.triton import tiles
 
         vars(tiles).update(figures)
 
     return Mutant(origin.name, "control", name, f"tiles.{', '.join(figures)}", content_key(origin.name, "control", name),
-                  prepare=prepare)  # fmt: skip
+                  prepare=prepare, ops=frozenset(ops))  # fmt: skip
 
 
 def _edited(name: str, origin: Sources, *replacements: tuple[str, str, str]) -> Mutant:

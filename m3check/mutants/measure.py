@@ -33,6 +33,9 @@ SLOWER = 10.0
 LEAST = 8.0
 """Seconds that a case may take in any case."""
 
+CONTROL_CASES = 3
+"""Cases of each op that a control meets: the cheapest of those it suits, chains left out."""
+
 KEPT = 1 << 30
 """Bytes of inputs and reference results that the parent keeps; cases beyond it are made again by each mutant."""
 
@@ -67,7 +70,15 @@ class Bench:
         found = [c for c in self.clean if self._reaches(mutant, c) and (mutant.suits is None or mutant.suits(c.case))]
         like = mutant.file or "".join(sorted(mutant.ops))
         found.sort(key=lambda c: (bool(OPS[c.case.op].chain), -self.kills[like, c.line.case] / (1 + c.seconds), c.seconds))
-        return found
+        if mutant.kind != "control":
+            return found
+        met: Counter[str] = Counter()
+        few = []
+        for clean in found:
+            met[clean.case.op] += 1
+            if met[clean.case.op] <= CONTROL_CASES and not OPS[clean.case.op].chain:
+                few.append(clean)
+        return few
 
     def _reaches(self, mutant: Mutant, clean: Clean) -> bool:
         if not mutant.edits or self.session.evidence == "device":

@@ -1,0 +1,211 @@
+"""Wrong kernels on purpose: made from sources, killed by name, and the right ones among them left alone."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from m3check import arch, kernels
+from m3check.mutants import catalogue, controls, generic, measure, processes, sampled, standard
+from m3check.mutants.mutant import Mutant, Outcome, content_key
+from m3check.mutants.review import judged, reviewed
+from m3check.mutants.sources import edited, sources
+from m3check.mutants.tables import percent
+
+SOURCE = b'''import triton
+import triton.language as tl
+
+
+@triton.jit
+def kernel(x, stride_xm, stride_xn, n, out):
+    """Not edited: 1 < 2."""
+    at = tl.program_id(0) * 64 + tl.arange(0, 64)
+    if n > 0:
+        value = tl.load(x + at * stride_xm, mask=at < n, other=-1.0)
+        tl.store(out + at, tl.maximum(value, 0.5), mask=(at < n) & (at >= 0))
+
+
+def launch(x, out, n):
+    if n < 0:
+        raise ValueError("n < 0")
+    kernel[(n // 64 + 1,)](x, x.stride(0), x.stride(1), n, out, num_warps=4)
+'''
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return sources(kernels.parse_spec("triton"), arch.find_arch("sm90"), offline=True)
+
+
+@pytest.fixture(scope="module")
+def edits(ours):
+    return [m for file in ours.files for m in generic.mutants("triton", file, ours.read(file))]
+
+
+def made(source: bytes = SOURCE) -> list[Mutant]:
+    return generic.mutants("triton", "file.py", source)
+
+
+def texts(kind: str) -> set[str]:
+    return {m.text.split(": ", 1)[1] for m in made() if m.kind == kind}
+
+
+def test_each_kind_of_edit_does_what_its_name_says():
+    assert "at < n → (at <= n)" in texts("comparison")
+    assert "at < n → (at < (n) - 1)" in texts("bound")
+    assert any(t.endswith("tl.load(x + at * stride_xm)") for t in texts("mask dropped"))
+    assert texts("term of a mask dropped") == {"(at < n) & (at >= 0) → (at < n)", "(at < n) & (at >= 0) → (at >= 0)"}
+    assert texts("stride swapped") == {"stride_xm → stride_xn"}
+    assert {"n > 0 → True", "n > 0 → False"} <= texts("guard removed")
+    assert {"maximum → minimum", "tl.maximum(value, 0.5) → (0.5)"} <= texts("min/max")
+    assert "tl.program_id(0) → tl.program_id(1)" in texts("program id")
+    assert any(t.endswith("→ pass") for t in texts("statement dropped"))
+    assert "-1.0 → 0" in texts("initial value")
+    assert "x.stride(0) → x.stride(1)" not in texts("stride swapped")
+    assert "0 → 1" in texts("constant")
+
+
+def test_documentation_raises_and_speed_are_not_edited():
+    for mutant in made():
+        assert '"""' not in mutant.text
+        assert "4 → 5" not in mutant.text
+        assert "n < 0" not in mutant.text
+
+
+def test_every_edit_of_our_kernels_parses_and_changes_the_program(ours, edits):
+    for file in ours.files:
+        source = ours.read(file)
+        clean = ast.dump(ast.parse(source))
+        for mutant in [m for m in standard(edits, 1) if m.file == file]:
+            text = edited(source, mutant, file)
+            assert ast.dump(ast.parse(text)) != clean, mutant.text
+
+
+def test_there_are_enough_of_them_in_every_kernel(ours, edits):
+    assert len(standard(edits)) >= 150  # and as many of vLLM's
+    assert len({m.key for m in edits}) == len(edits)
+    functions = Counter(m.text.split()[1] for m in standard(edits))
+    for function in ("score_tile:", "select_tile:", "attend:", "merge_kernel:", "sparse_attn_kernel:", "index_score:"):
+        assert functions[function] >= 5
+
+
+def test_a_hash_outlives_lines_that_come_and_go_elsewhere():
+    moved = SOURCE.replace(b"def launch", b"NEW = 1\n\n\ndef launch").replace(
+        b"import triton\n", b"# a comment\nimport triton\n"
+    )
+    assert [m.key for m in made(moved)] == [m.key for m in made()]
+    assert {m.name for m in made(moved)} != {m.name for m in made()}
+    changed = {m.key for m in made(SOURCE.replace(b"0.5", b"0.25"))}
+    assert 0 < len(changed & {m.key for m in made()}) < len(changed)
+
+
+def test_a_sample_is_the_same_for_the_same_seed(edits):
+    assert sampled(edits, 20, 1) == sampled(list(reversed(edits)), 20, 1)[::-1]
+    assert sampled(edits, 20, 1) != sampled(edits, 20, 2)
+
+
+def test_every_row_of_the_catalogue_is_made_or_says_why_not(ours):
+    found, without = catalogue.mutants(ours, "interpreted")
+    named = {m.name.split()[0] for m in found}
+    assert named == {row.name for row in catalogue.ROWS if row.where == "interpreted"}
+    assert all(row.reason and row.where in ("device", "elsewhere") for row in without)
+    assert len({m.key for m in found}) == len(found)
+
+
+def test_what_was_reviewed_is_still_there(ours, edits):
+    known = {m.key for m in (*edits, *catalogue.mutants(ours, "device")[0])}
+    for entry in reviewed().values():
+        if entry.what.startswith("triton "):
+            assert entry.key in known, f"{entry.what}: no mutant has the key {entry.key} any more"
+
+
+def test_reviewed_survivors_count_against_the_score(tmp_path):
+    mutants = [Mutant("triton", "constant", "a", "a", content_key(str(i))) for i in range(4)]
+    verdicts = ["killed", "survived", "survived", "unreached"]
+    file = tmp_path / "reviewed.toml"
+    file.write_text(
+        f'[[mutant]]\nkey = "{mutants[1].key}"\nwhat = "a"\nverdict = "equivalent"\nreason = "same"\n'
+        f'[[mutant]]\nkey = "{mutants[2].key}"\nwhat = "b"\nverdict = "accepted"\nreason = "no case"\n'
+    )
+    outcomes = judged([Outcome(m, v) for m, v in zip(mutants, verdicts, strict=True)], reviewed(file))
+    assert [o.verdict for o in outcomes] == ["killed", "equivalent", "accepted", "unreached"]
+    assert percent(outcomes) == "33.3 %"
+    file.write_text(f'[[mutant]]\nkey = "{mutants[1].key}"\nwhat = "a"\nverdict = "equivalent"\nreason = " "\n')
+    with pytest.raises(ValueError, match="no reason"):
+        reviewed(file)
+
+
+def test_a_process_that_hangs_or_dies_costs_itself_alone():
+    def work(task, send):
+        send({"begin": task})
+        if task == "hang":
+            processes.limit(0.3)
+            while True:
+                pass
+        if task == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if task == "raise":
+            raise RuntimeError
+        send({"green": True})
+
+    ended = {c.task: c.ended for c in processes.run(iter(["fine", "hang", "die", "raise"]), work, 2, 30.0)}
+    assert ended == {"fine": "", "hang": "timeout", "die": "signal SIGKILL", "raise": "exit code 70"}
+
+
+def test_controls_of_ours_stay_within_what_right_kernels_may_do(ours):
+    names = {c.name.split()[0] for c in controls.controls(ours)}
+    assert names == {"N1", "N2", "N3"}
+    for control in controls.controls(ours):
+        for file in {edit.file for edit in control.edits}:
+            ast.parse(edited(ours.read(file), control, file))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes")
+def test_named_mutants_are_killed_and_a_control_is_green(tmp_path):
+    """The whole path on the selection kernels: sources, a warm parent, the run's own judging, the verdicts."""
+    out = tmp_path / "mutants.json"
+    wanted = {
+        "catalogue T3": "ids",
+        "catalogue T5 no forced block": "selection",
+        "catalogue T10 past the last row": "memory",
+        "catalogue S3": "",
+    }
+    only = [*wanted, "control N1 tied"]
+    only = [words.split(" ", 1)[1] for words in only]
+    command = [
+        sys.executable,
+        "-m",
+        "m3check",
+        "mutants",
+        "--op",
+        "index_topk",
+        "-k",
+        "h=2",
+        "--json",
+        str(out),
+        "--only",
+        *only,
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    rows = {
+        row["name"]: row for row in json.loads(out.read_text()) if "index_topk" in row["name"] or ":" not in row["name"]
+    }
+    verdicts = {name: row["verdict"] for name, row in rows.items()}
+    assert verdicts["N1 tied blocks swapped"] == "green", rows
+    assert verdicts["T3 unused slots hold ids: index_topk"] == "killed", rows
+    assert verdicts["T5 no forced block: index_topk"] == "killed", rows
+    assert verdicts["T10 past the last row: index_topk"] == "killed", rows
+    assert verdicts["S3 selection reads every column"] == "killed", rows
+    assert rows["T5 no forced block: index_topk"]["check"] == "selection"
+    assert measure.cpus() >= 1
+    assert Path(out).stat().st_size > 0
