@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import m3check
-from m3check.cases import TIERS, case_cost, case_id, complaint, cost, production, shard, tier, weight
+from m3check.cases import FILLS, TIERS, case_cost, case_id, complaint, cost, production, shard, tier, weight
 from m3check.cases.axes import often_refused, point
 from m3check.types import BLOCK, DTYPES, OPS, Case, M3CheckError, blocks
 
@@ -17,7 +17,7 @@ def test_smoke_is_within_ci_within_full():
     smoke, ci, full = (set(tier(name)) for name in ("smoke", "ci", "full"))
     assert smoke < ci < full
     assert len(smoke) >= 40
-    assert 300 <= len(ci) <= 340
+    assert 300 <= len(ci) <= 400
     assert 1500 <= len(full) <= 3000
 
 
@@ -31,7 +31,7 @@ def test_every_case_of_a_tier_makes_sense_and_is_there_once(name):
 def test_smoke_has_every_op_dtype_scale_layout_list_and_fill():
     cases = tier("smoke")
     assert {case.op for case in cases} == set(OPS)
-    assert {case.fill for case in cases} == {"gauss", "integer", "wide", "ties"}
+    assert {case.fill for case in cases} == set(FILLS)
     assert {case.scales for case in cases} == {"none", "scalar", "token"}
     assert {case.layout for case in cases} == {"hnd", "nhd", "pool"}
     assert {case.ids for case in cases} == {"full", "ascending", "short", "holes", "future"}
@@ -82,7 +82,8 @@ def test_cases_that_providers_often_refuse_are_few():
 def test_full_goes_to_a_million_tokens():
     longest = [case for case in tier("full") if case.context >= 2**20 - 256]
     assert {case.op for case in longest} == set(OPS)
-    assert sum(case.context >= 131_000 for case in tier("full")) < 40
+    keys = [case for case in tier("full") if case.context >= 131_000 and case.op != "index_topk"]  # which has scores only
+    assert len(keys) < 40
 
 
 def test_a_tier_of_some_ops():

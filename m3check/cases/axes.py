@@ -41,6 +41,9 @@ _FULL: Mapping[str, tuple[Any, ...]] = {
     "slack": (False, True),  # whether a graph provides for longer queries than the batch has
     "fill": ("gauss", "integer", "wide", "ties"),
 }
+FILLS = _FULL["fill"]
+"""Fills of every value; the others are probes, with cases of their own."""
+
 _BLOCKS = (1, 2, 5, 17, 33, 66)
 
 # What an interpreter affords: a bitonic top-k of one row takes as long there as a hundred blocks of attention.

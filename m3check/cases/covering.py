@@ -45,7 +45,9 @@ def legal_pairs(op: str, tier: str) -> set[Pair]:
 
 
 def covered(case: Case) -> Iterator[Pair]:
-    """The pairs that a case is evidence about."""
+    """The pairs that a case is evidence about; a probe, which asks one question only, is about none."""
+    if case.fill not in axes.FILLS:
+        return
     items = sorted(axes.point(case).items())
     hiding = {value for axis, value in items if axes.often_refused(case.op, axis, value)}
     for pair in combinations(items, 2):
