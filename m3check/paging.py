@@ -125,6 +125,7 @@ class World:
     layout: str = ""  # another memory order than the case's: hnd, nhd or pool
     odd_strides: bool = False  # dimensions of size 1 have a stride that means nothing
     far: bool = False  # pages so far into their cache that offsets pass 2^31 elements
+    far_rows: bool = False  # likewise the rows of queries, id lists, scores and outputs
     max_seq_len: int = 0  # what the graph provides for; 0: the batch's own longest
     max_query_len: int = 0  # likewise; 0: the case's own
     columns: int = 0  # at least so many columns of the block table
@@ -164,6 +165,14 @@ class Access:
 
 
 @dataclass
+class Observation:
+    """What watching a call brought: how many kernels were launched, and each misuse of memory."""
+
+    launches: int = 0
+    accesses: list[Access] = field(default_factory=list)
+
+
+@dataclass
 class Run:
     """One call of a kernel: its results in logical form, and the memory that was watched meanwhile."""
 
@@ -173,7 +182,7 @@ class Run:
     beyond: dict[str, Tensor] = field(default_factory=dict)
     """Cells that a returned tensor has past the logical shape, by output name."""
     accesses: list[Access] | None = None
-    """Every misuse of memory that was seen; None where nobody looked."""
+    """Every misuse of memory that was seen; None where nobody looked, or no interpreted kernel was launched."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +232,11 @@ class Pages:
             token = torch.arange(request.kv_len, device=self.table.device)
             parts.append(self.table[request.index, token // BLOCK].long() * BLOCK + token % BLOCK)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.table.device)
+
+
+def with_far_rows(tensor: Tensor, dim: int) -> Tensor:
+    """A copy whose rows along `dim` lie so far apart that the last one begins past 2^31 elements."""
+    return arena.spread(tensor, dim)
 
 
 def far_page(case: Case, index: bool) -> int:

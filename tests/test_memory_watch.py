@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from m3check import arch, cases, checks, interpret, kernels, paging, reference
+from m3check import arch, cases, checks, interpret, kernels, paging, reference, verify
 from m3check.checks.view import View
 from m3check.kernels import contract
+from m3check.kernels.triton.profile import PROFILE
 from m3check.paging import Access, Territory
 from m3check.runner import filled_memory
 from m3check.types import OPS, Kernel, M3CheckError, Profile, Status
@@ -28,10 +30,12 @@ def interpreter():
     interpret.install()
 
 
+@contextmanager
 def observed(*territories):
     from m3check.interpret import addresses
 
-    return addresses.observed(territories)
+    with addresses.observed(territories) as seen:
+        yield seen.accesses
 
 
 @triton.jit
@@ -299,3 +303,38 @@ def test_a_loop_that_runs_one_block_too_far_reads_a_page_of_nobody(too_far):
     kernel = Kernel("mine", "index_score", "index_score", Profile(), index_score)
     accesses = call(kernel, "index_score/q=1,kv=300,h=1").accesses
     assert [(a.misuse, a.tensor) for a in accesses] == [("unowned", "`index_kv_cache`")] * too_far
+
+
+@triton.jit
+def at_least(score, scratch, USED: tl.constexpr):
+    at = tl.arange(0, 4)
+    value = tl.load(score + at, mask=at < 3)
+    other = tl.load(scratch + at, mask=at < 3)
+    tl.store(score + at, tl.maximum(value, tl.where(USED, other, float("-inf"))), mask=at < 3)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_an_unwritten_value_is_red_only_where_the_result_depends_on_it(used):
+    """Fresh memory holds NaN, which a maximum ignores, so that the scores alone look right."""
+    from m3check.kernels.triton.index_score import index_score as right
+
+    def index_score(**keywords):
+        score = right(**keywords)
+        at_least[(1,)](score, torch.empty(4), used)
+        return score
+
+    result = verify("index_score/q=1,kv=300,h=1", index_score, PROFILE)
+    (finding,) = [f for f in result.findings if f.check == "memory"]
+    assert finding.where == f"temporary [4] of {line_of('at_least[(1,)](score, torch.empty(4), used)')}, element 0"
+    assert finding.status is (Status.FAILED if used else Status.NOTED)
+    assert result.status is (Status.FAILED if used else Status.PASSED)
+    assert {f.check for f in result.findings if f.status is Status.FAILED} <= {"memory"}
+
+
+def test_a_call_without_a_launch_says_nothing_about_memory():
+    def index_topk(score, cu_seqlens_q, prefix_lens, topk, init_blocks, local_blocks):
+        return torch.zeros(*score.shape[:2], topk, dtype=torch.int32)
+
+    result = verify("index_topk/q=1,kv=100,h=1,topk=1", index_topk)
+    assert result.status is Status.PASSED
+    assert not [f for f in result.findings if f.check == "memory"]

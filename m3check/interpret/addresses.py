@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter as base
 
 from m3check.interpret import memory
-from m3check.paging import Access, Misuse, Territory
+from m3check.paging import Access, Misuse, Observation, Territory
 
 OWN, READ, WRITE, WRITTEN = 1, 2, 4, 8
 """A cell of a view; that may be read; that may be written; that holds something."""
@@ -40,17 +40,18 @@ _HERE = str(Path(__file__).parent) + os.sep
 
 
 @contextmanager
-def observed(territories: Sequence[Territory]) -> Iterator[list[Access]]:
-    """Watch a call that may use these tensors and what it allocates; the list is complete when the block is left."""
+def observed(territories: Sequence[Territory]) -> Iterator[Observation]:
+    """Watch a call that may use these tensors and what it allocates; all is told when the block is left."""
     watch = Watch(territories)
-    found: list[Access] = []
+    seen = Observation()
     memory.watch(watch.access, watch.launch)
     try:
         with _Allocations(watch):
-            yield found
+            yield seen
     finally:
         memory.unwatch(watch.access)
-        found += watch.found.values()
+        seen.launches = watch.launches
+        seen.accesses += watch.found.values()
 
 
 class Region:
@@ -103,7 +104,7 @@ class Watch:
         self._regions: dict[int, Region] = {}
         self._bases: list[int] = []
         self._ordered: list[Region] = []
-        self._launch = 0
+        self.launches = 0
         self._atomics = False
         self._kernel = ""
         for territory in territories:
@@ -151,12 +152,13 @@ class Watch:
 
     @contextmanager
     def launch(self, kernel: str, arguments: Mapping[str, Any]) -> Iterator[None]:
-        """One launch; a tensor that nobody knows, such as scratch kept from an earlier call, may be used whole."""
+        """One launch; a tensor not known yet, made by torch or kept from an earlier call, may be used whole."""
         for name, value in arguments.items():
-            tensor = getattr(value, "base", value)  # of a descriptor
-            if isinstance(tensor, torch.Tensor) and not self.is_known(tensor):
-                self.know(tensor, f"kept tensor `{name}`", OWN | READ | WRITE | WRITTEN)
-        self._launch += 1
+            for part in value if isinstance(value, tuple) else (value,):
+                tensor = getattr(part, "base", part)  # of a descriptor
+                if isinstance(tensor, torch.Tensor) and not self.is_known(tensor):
+                    self.know(tensor, f"the tensor passed as `{name}`", OWN | READ | WRITE | WRITTEN)
+        self.launches += 1
         self._kernel, self._atomics = kernel, False
         with _disable_current_modes():
             yield
@@ -206,14 +208,14 @@ class Watch:
             self._misused(region, cells, flags, kind)
         program = self._program()
         if kind == "store":
-            others = region.write(cells, program, self._launch)
+            others = region.write(cells, program, self.launches)
             if others.any():
                 self._race(region, offsets, cells, others, size, values)
             for further in range(1, size // region.cell):
                 region.flags[cells + further] |= WRITTEN
         elif kind == "atomic":
             region.flags[cells] |= WRITTEN
-        elif region.launch == self._launch and region.writers is not None and not self._atomics:
+        elif region.launch == self.launches and region.writers is not None and not self._atomics:
             before = region.writers.take(cells)
             foreign = (before > 0) & (before != program)
             if foreign.any():
@@ -293,7 +295,7 @@ class Watch:
 
 
 class _Allocations(TorchDispatchMode):
-    """What the wrapper allocates and what torch writes, between launches."""
+    """Memory that the wrapper allocates without writing it, and what torch writes there, between launches."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -302,11 +304,8 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and not self._watch.is_known(tensor):
-                written = 0 if func.overloadpacket.__name__ in _UNWRITTEN else WRITTEN
-                name = f"temporary {list(tensor.shape)} of {_line()}"
-                self._watch.know(tensor, name, OWN | READ | WRITE | written)
+        if func.overloadpacket.__name__ in _UNWRITTEN and not self._watch.is_known(out):
+            self._watch.know(out, f"temporary {list(out.shape)} of {_line()}", OWN | READ | WRITE)
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 target = args[place] if place < len(args) else kwargs.get(argument.name)

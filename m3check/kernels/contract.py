@@ -17,12 +17,12 @@ from m3check.types import OPS, Case, Inputs, Kernel, M3CheckError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from m3check.paging import Access, Guard, Pages, Run, Territory, World
+    from m3check.paging import Guard, Observation, Pages, Run, Territory, World
 
 PARAMETERS: Mapping[str, str] = {
     "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
     "index_kv_cache": "[pages, 128, D] cache dtype: index keys, shared by all index heads",
-    "block_table": "[R, columns] int32: page of each logical block; columns past the last block name poisoned pages",
+    "block_table": "[R, columns] int32: page of each logical block; columns past the last one name pages of nobody, not to be read",
     "cu_seqlens_q": "[R + 1] int32: first query row of each request, then T",
     "seq_lens": "[R] int32: visible tokens of each request, its queries included; 0 is a padded row (decode)",
     "prefix_lens": "[R] int32: tokens before the first query: seq_lens - query lengths",
@@ -85,6 +85,12 @@ OPTIONAL = frozenset(
 """Parameters that a kernel may do without: buffers, where it returns its result, and what follows from the others."""
 
 
+TOKEN_DIMENSION: Mapping[str, int] = {
+    "idx_q": 0, "q": 0, "output": 0, "topk_idx": 1, "score": 1, "out": 1, "score_out": 1,
+}  # fmt: skip
+"""Which dimension of a tensor counts the query tokens."""
+
+
 class BrokenContract(M3CheckError):
     """A kernel that cannot be called, or whose result has the wrong shape or dtype."""
 
@@ -111,8 +117,8 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
     return frozenset(p for p in known if p in parameters)
 
 
-Observe: TypeAlias = "Callable[[Sequence[Territory]], AbstractContextManager[list[Access]]]"
-"""Watches memory while a kernel runs that may use these tensors only; the list is complete when the block is left."""
+Observe: TypeAlias = "Callable[[Sequence[Territory]], AbstractContextManager[Observation]]"
+"""Watches memory while a kernel runs that may use these tensors only; all is told when the block is left."""
 
 
 def call(kernel: Kernel, inputs: Inputs, world: World | None = None, observe: Observe | None = None) -> Run:
@@ -128,12 +134,12 @@ def call(kernel: Kernel, inputs: Inputs, world: World | None = None, observe: Ob
 def _call_chain(kernel: Kernel, inputs: Inputs, world: World, observe: Observe | None) -> Run:
     from m3check.paging import Run
 
-    total = Run({}, accesses=[] if observe else None)
+    total = Run({})
     upstream: dict[str, Tensor] = {}
     for op in OPS[kernel.op].chain:
         run = _call_one(kernel.parts[op], inputs, world, upstream, observe)
-        if total.accesses is not None and run.accesses:
-            total.accesses += run.accesses
+        if run.accesses is not None:
+            total.accesses = (total.accesses or []) + run.accesses
         total.outputs |= run.outputs
         total.guards += run.guards
         total.frozen += run.frozen
@@ -173,8 +179,9 @@ def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, 
     if observe is None:
         result = prepared.launch()
     else:
-        with observe(prepared.territories) as prepared.run.accesses:
+        with observe(prepared.territories) as seen:
             result = prepared.launch()
+        prepared.run.accesses = seen.accesses if seen.launches else None
     upstream[OPS[kernel.op].outputs[0]] = result
     return prepared.take(result)
 
@@ -231,6 +238,12 @@ def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str,
     buffers = _buffers(op, inputs, accepted, device, world)
     run.guards = list(buffers.values())
     arguments |= {name: guard.view for name, guard in buffers.items()}
+    if world.far_rows:
+        for name, dim in TOKEN_DIMENSION.items():
+            if name in accepted and arguments.get(name) is not None and arguments[name].numel():
+                arguments[name] = paging.with_far_rows(arguments[name], dim)
+                if name in buffers:
+                    buffers[name].view = arguments[name]
     if world.odd_strides:
         tensors = {name: value for name, value in arguments.items() if hasattr(value, "as_strided")}
         arguments |= {name: paging.oddly_strided(value) for name, value in tensors.items()}
