@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 
 import torch
@@ -42,3 +43,20 @@ def allocate(elements: int, dtype: torch.dtype, device: torch.device | str) -> T
 def first_page(page_elements: int) -> int:
     """The lowest page id whose page of `page_elements` begins past REACH elements."""
     return REACH // page_elements + 1
+
+
+def spread(tensor: Tensor, dim: int) -> Tensor:
+    """A copy of a tensor whose entries along `dim` are so far apart that the last one begins past REACH elements.
+
+    The other dimensions lie dense inside an entry, in their order; a single entry stays where it is.
+    """
+    inner = [n for i, n in enumerate(tensor.shape) if i != dim]
+    size = math.prod(inner)
+    gap = -(-max(size, REACH // max(tensor.shape[dim] - 1, 1) + 1) // 64) * 64
+    strides = [math.prod(inner[i + 1 :]) for i in range(len(inner))]
+    strides.insert(dim, gap)
+    far = allocate((tensor.shape[dim] - 1) * gap + size, tensor.dtype, tensor.device)
+    view = far.as_strided(tensor.shape, strides, far.storage_offset())
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    view.view(words).copy_(tensor.view(words))
+    return view

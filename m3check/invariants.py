@@ -76,6 +76,11 @@ def _live_rows(case: Case) -> bool:
     return any(kv >= q > 0 for q, kv in zip(case.query_lens, case.kv_lens, strict=True))
 
 
+def _rows(case: Case) -> bool:
+    """Enough rows that the offset of the last one passes 32 bits and their stride does not."""
+    return case.total_queries > 2
+
+
 def _forced_room(case: Case) -> bool:
     """A block less or more that is forced changes the selection."""
     return case.init_blocks + case.local_blocks < case.topk < case.block_columns
@@ -116,7 +121,9 @@ INVARIANTS: tuple[Invariant, ...] = (
               "column strides of block tables, which are 1 everywhere", "memory.physical",
               {"layout": "other", "odd_strides": True}),
     Invariant("far_pages", CACHED, _live_rows, "32-bit products of page id and stride",
-              "offsets into queries and outputs", "memory.far"),
+              "offsets into other tensors", "memory.far_pages"),
+    Invariant("far_rows", SINGLE, _rows, "32-bit products of query token and stride, in queries, ids, scores and outputs",
+              "offsets of heads", "memory.far_rows"),
     Invariant("room", INDEX | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, max_decode_query_len, "
               "table width) that enter the result", "limits that are too small", "memory.room"),
     Invariant("future", (CACHED | CHAINS) - {"index_topk"}, _draft, "a token after the query's position enters the result",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_kernels as right
 
-from m3check import cases, invariants, kernels, runner
+from m3check import arena, cases, invariants, kernels, runner
 from m3check.arch import ARCHS
 from m3check.kernels.provider import Loaded, Spec, with_chains
 from m3check.types import OPS, Kernel, PlanLine, Profile, Result, Status
@@ -137,6 +137,36 @@ def test_far_pages_catches_an_offset_of_32_bits():
         return right.score_rows(idx_q, index_kv_cache, block_table, rows, right.columns_of(max_seq_len), narrow)
 
     caught(wrapping, "index_score", SCORE, "far_pages", says="2^31")
+
+
+def test_far_rows_catches_an_offset_of_32_bits_where_64_are_promised():
+    @like("sparse_attn_decode")
+    def wrapping(**arguments):
+        q = arguments["q"]
+        rows = []
+        for token in range(q.shape[0]):
+            wrapped = (token * q.stride(0) + 2**31) % 2**32 - 2**31
+            rows.append(q.as_strided(q.shape[1:], q.stride()[1:], q.storage_offset() + wrapped))
+        right.sparse_attn_decode(**{**arguments, "q": torch.stack(rows)})
+
+    functions = {"sparse_attn_decode": wrapping}
+    promises = Profile(dequantise="rounded", bitwise=frozenset({"far_rows"}))
+    assert run(functions, ATTEND, (), promises).status is Status.PASSED
+    result = run(functions, ATTEND, ("far_rows",), promises)
+    assert result.status is Status.FAILED
+    assert "query tokens times their stride" in result.reason
+    unpromised = run(functions, ATTEND, ("far_rows",))
+    assert unpromised.status is Status.PASSED
+    assert Status.NOTED in {f.status for f in unpromised.findings}
+    assert run(right.RIGHT, ATTEND, ("far_rows",), promises).status is Status.PASSED
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32, torch.float8_e4m3fn])
+def test_spread_rows_hold_the_same_values_beyond_32_bits(dtype):
+    tensor = torch.arange(24).view(2, 3, 4).to(dtype)
+    far = arena.spread(tensor, 1)
+    assert 2 * far.stride(1) > 2**31 > far.stride(1)
+    assert torch.equal(far.float(), tensor.float())
 
 
 def test_room_catches_a_limit_taken_for_the_length():

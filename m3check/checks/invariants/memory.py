@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,14 +46,26 @@ def physical(trial: Trial, entries: Mapping[str, Mapping[str, Any]]) -> list[Fin
     return alone
 
 
-def far(trial: Trial) -> list[Finding]:
+def far_pages(trial: Trial) -> list[Finding]:
     """Page ids so high that page · stride passes 2^31 elements."""
-    finding = trial.same(
-        "far_pages", "page ids times their stride passed 2^31 elements", trial.call(trial.inputs, World(far=True))
-    )
+    words = "page ids times their stride passed 2^31 elements"
+    return [_in_an_arena(trial, "far_pages", words, World(far=True))]
+
+
+def far_rows(trial: Trial) -> list[Finding]:
+    """Rows so far apart that token · stride passes 2^31 elements, which only a kernel that promises it must bear."""
+    words = "query tokens times their stride passed 2^31 elements"
+    finding = _in_an_arena(trial, "far_rows", words, World(far_rows=True))
+    if finding.status is Status.FAILED and "far_rows" not in trial.setting.profile.bitwise:
+        return [replace(finding, status=Status.NOTED, hint=f"{finding.hint}; this kernel does not promise such strides")]
+    return [finding]
+
+
+def _in_an_arena(trial: Trial, name: str, words: str, world: World) -> Finding:
+    finding = trial.same(name, words, trial.call(trial.inputs, world))
     if trial.setting.evidence == "device":
         torch.cuda.empty_cache()  # other workers share the GPU
-    return [finding]
+    return finding
 
 
 def room(trial: Trial) -> list[Finding]:
