@@ -81,9 +81,10 @@ class Region:
             ratio, narrow = 1, tensor.element_size()
             self.flags = self.flags.repeat(self.cell // narrow)
             self.cell, self.writers = narrow, None
-        first = tensor.storage_offset() * ratio
-        shape, strides = (*tensor.shape, ratio), (*(s * ratio for s in tensor.stride()), 1)
-        return as_strided(self.flags[first:], shape, strides)
+        shape, strides = tuple(tensor.shape), tuple(s * ratio for s in tensor.stride())
+        if ratio > 1:
+            shape, strides = (*shape, ratio), (*strides, 1)
+        return as_strided(self.flags[tensor.storage_offset() * ratio :], shape, strides)
 
     def write(self, cells: Any, program: int, launch: int) -> Any:
         """Note who writes; the cells (bool) that another program of this launch wrote before."""
@@ -121,12 +122,13 @@ class Watch:
             return
         if tensor.dim():
             region.page = int(tensor.storage_offset()), max(1, tensor.stride(0))
+        rights: Any = OWN | READ | (WRITE if territory.output else WRITTEN)
         view = region.view(tensor)
-        view |= OWN | (WRITE if territory.output else WRITTEN)
-        if territory.owned is None:
-            view |= READ
-        else:
-            view[territory.owned.numpy()] |= READ
+        if territory.owned is not None:
+            owned = territory.owned.numpy()
+            rights = np.where(owned, rights, rights & ~READ).astype(np.uint8)
+            rights = rights.reshape(*owned.shape, *[1] * (view.ndim - owned.ndim))
+        view |= rights
 
     def know(self, tensor: torch.Tensor, name: str, flags: int) -> Region:
         """The region of a tensor's storage, a new one with these flags where it was not known."""
@@ -176,17 +178,21 @@ class Watch:
             values = values.reshape(-1) if whole else values[mask]
         if kind == "atomic":
             self._atomics = True
-        low, high = int(live.min()), int(live.max())
-        at = bisect_right(self._bases, low) - 1
-        if at >= 0 and high + size <= self._ordered[at].end:
-            self._inside(self._ordered[at], live, size, kind, values)
-            return None
+        at = bisect_right(self._bases, int(live[0])) - 1
+        if at >= 0:
+            region = self._ordered[at]
+            offsets = live - np.uint64(region.base)  # below the base it wraps around to a large number
+            if int(offsets.max()) + size <= region.size:
+                self._inside(region, offsets, size, kind, values)
+                return None
         which = np.searchsorted(np.array(self._bases, np.uint64), live, side="right") - 1
         ends = np.array([region.end for region in self._ordered], np.uint64)
         outside = (which < 0) | (live + np.uint64(size) > ends[which])
         for index in np.unique(which[~outside]):
             there = ~outside & (which == index)
-            self._inside(self._ordered[index], live[there], size, kind, values[there] if values is not None else None)
+            region = self._ordered[index]
+            offsets = live[there] - np.uint64(region.base)
+            self._inside(region, offsets, size, kind, values[there] if values is not None else None)
         if not outside.any():
             return None
         for index in np.unique(which[outside]):
@@ -195,12 +201,11 @@ class Watch:
         left_out[mask] = outside
         return left_out
 
-    def _inside(self, region: Region, live: Any, size: int, kind: str, values: Any) -> None:
+    def _inside(self, region: Region, offsets: Any, size: int, kind: str, values: Any) -> None:
         if not len(region.flags):
             return
-        offsets = live - np.uint64(region.base)
-        cells = (offsets >> np.uint64(region.cell.bit_length() - 1)).view(np.int64)
-        flags = region.flags.take(cells)
+        cells = (offsets if region.cell == 1 else offsets >> np.uint64(region.cell.bit_length() - 1)).view(np.int64)
+        flags = region.flags.take(cells, mode="clip")  # all are within
         need = NEEDS[kind]
         for further in range(1, size // region.cell):
             flags &= region.flags.take(cells + further)

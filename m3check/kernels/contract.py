@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PARAMETERS: Mapping[str, str] = {
     "idx_q": "[T, H, D] query dtype: index queries, one head for each KV head",
     "index_kv_cache": "[pages, 128, D] cache dtype: index keys, shared by all index heads",
-    "block_table": "[R, columns] int32: page of each logical block; columns past the last one name pages of nobody, not to be read",
+    "block_table": "[R, columns] int32: page of each logical block; past the last one, pages not to be read",
     "cu_seqlens_q": "[R + 1] int32: first query row of each request, then T",
     "seq_lens": "[R] int32: visible tokens of each request, its queries included; 0 is a padded row (decode)",
     "prefix_lens": "[R] int32: tokens before the first query: seq_lens - query lengths",
