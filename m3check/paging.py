@@ -206,6 +206,8 @@ class Pages:
         key = int.from_bytes(hashlib.sha256(f"{case!r}/{salt}".encode()).digest()[:8], "little") >> 1
         order = torch.randperm(count, generator=torch.Generator().manual_seed(key)).to(torch.int32) + first
         null, poisoned = order[-2:].tolist()
+        if poisoned == first:  # page 0 is what kernels read in place of one that is hidden
+            null, poisoned = poisoned, null
         columns = max(case.block_columns + 2, world.columns)
         width = -(-(columns + TABLE_MARGIN) // 16) * 16
         wide = torch.full((len(case.kv_lens) + 2, width), poisoned, dtype=torch.int32)
@@ -218,9 +220,14 @@ class Pages:
         return cls(table, count, first)
 
     def readable(self, case: Case) -> Tensor:
-        """Bool by page id: the pages of the requests, and the null page of padded ones."""
+        """Bool by page id: the pages of the requests, the null page of padded ones, and page 0, which is always there.
+
+        A kernel may well read page 0 in place of a page that is hidden anyway. It may not follow a column of the table past
+        a request's last block: what stands there is not defined.
+        """
         named = [self.table[row, : max(blocks(n), 1)] for row, n in enumerate(case.kv_lens)]
         mask = torch.zeros(self.first + self.count, dtype=torch.bool, device=self.table.device)
+        mask[0] = True
         if named:
             mask[torch.cat(named).long()] = True
         return mask

@@ -305,6 +305,17 @@ def test_a_loop_that_runs_one_block_too_far_reads_a_page_of_nobody(too_far):
     assert [(a.misuse, a.tensor) for a in accesses] == [("unowned", "`index_kv_cache`")] * too_far
 
 
+@pytest.mark.parametrize("case", cases.tier("smoke", ops=("index_score",)), ids=cases.case_id)
+def test_page_0_may_always_be_read_and_undefined_columns_never_name_it(case):
+    pages = paging.Pages.shuffled(case, "index", "cpu")
+    readable = pages.readable(case)
+    assert readable[0]
+    for row, length in enumerate(case.kv_lens):
+        used = -(-length // 128)
+        assert readable[pages.table[row, :used].long()].all()
+        assert not readable[pages.table[row, used:].long()].any()
+
+
 @triton.jit
 def at_least(score, scratch, USED: tl.constexpr):
     at = tl.arange(0, 4)
