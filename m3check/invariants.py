@@ -16,6 +16,9 @@ from m3check.types import BLOCK, OPS, Case, Evidence
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
 
+LONG = 30.0
+"""Seconds (an estimate, right within a factor of three) that the invariants of one named case may take."""
+
 
 @dataclass(frozen=True)
 class Invariant:
@@ -169,6 +172,12 @@ INVARIANTS: tuple[Invariant, ...] = (
 def fitting(case: Case, evidence: Evidence) -> tuple[str, ...]:
     """Names of all invariants that a case can show."""
     return tuple(i.name for i in INVARIANTS if case.op in i.ops and evidence in i.evidence and i.fits(case))
+
+
+def affordable(case: Case, evidence: Evidence, seconds: float) -> tuple[str, ...]:
+    """Those that fit, where all of them together stay within LONG; else none."""
+    names = fitting(case, evidence)
+    return names if seconds * sum(entry.calls for entry in chosen(names)) <= LONG else ()
 
 
 def assign(cases: Iterable[tuple[str, Case, float]], evidence: Evidence, tier: str) -> dict[str, tuple[str, ...]]:

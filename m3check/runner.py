@@ -78,30 +78,42 @@ def plan(options: RunOptions) -> list[PlanLine]:
     arch = arches.find_arch(options.arch)
     evidence, _, why = evidence_for(arch)
     lines = []
-    everything = chosen_cases(replace(options, shard=(1, 1)))  # invariants must not depend on how a run is cut up
     due = chosen_cases(options)
     for text in options.kernels:
         spec = kernels.parse_spec(text)
-        shown = _invariants(options, everything, spec, arch, evidence)
+        shown = _invariants(options, spec, arch, evidence)
         for case in due:
             skip = kernels.refuses(spec, case, arch, evidence)
             if skip is None and options.tier == "production" and not options.cases and evidence != "device":
                 skip = f"needs a device ({why}); {cases.case_cost(case)}"
-            name = cases.case_id(case)
-            lines.append(PlanLine(name, case.op, text, evidence, skip, shown.get(name, ())))
+            names = shown(case) if skip is None else ()
+            lines.append(PlanLine(cases.case_id(case), case.op, text, evidence, skip, names))
     return lines
 
 
 def _invariants(
-    options: RunOptions, chosen: Sequence[Case], spec: kernels.Spec, arch: Arch, evidence: Evidence
-) -> dict[str, tuple[str, ...]]:
-    """Which case shows which invariants on one provider; a case that was named shows all that fit, as any run may have."""
-    if options.cases:
-        return {cases.case_id(case): invariants.fitting(case, evidence) for case in chosen}
-    able = [case for case in chosen if kernels.refuses(spec, case, arch, evidence) is None]
-    return invariants.assign(
-        ((cases.case_id(case), case, cases.cost(case, evidence)) for case in able), evidence, options.tier
-    )
+    options: RunOptions, spec: kernels.Spec, arch: Arch, evidence: Evidence
+) -> Callable[[Case], tuple[str, ...]]:
+    """Which invariants a case shows on one provider: the same in every run of a tier, whatever else was asked for.
+
+    A case that was named shows what any tier asks of it, and all that fit unless that takes long.
+    """
+
+    def assigned(tier: str) -> dict[str, tuple[str, ...]]:
+        able = [case for case in cases.tier(tier) if kernels.refuses(spec, case, arch, evidence) is None]
+        seconds = [(cases.case_id(case), case, cases.cost(case, evidence)) for case in able]
+        return invariants.assign(seconds, evidence, tier)
+
+    given = [assigned(tier) for tier in (("smoke", "ci", "full") if options.cases else (options.tier,))]
+
+    def shown(case: Case) -> tuple[str, ...]:
+        name = cases.case_id(replace(case, seed=0))
+        names = [each for tier in given for each in tier.get(name, ())]
+        if options.cases:
+            names += invariants.affordable(case, evidence, cases.cost(case, evidence))
+        return tuple(entry.name for entry in invariants.chosen(names))
+
+    return shown
 
 
 def repro(line: PlanLine, options: RunOptions) -> str:

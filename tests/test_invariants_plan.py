@@ -43,11 +43,26 @@ def test_a_probe_that_holds_its_values_still_is_the_last_choice():
     assert "future" in invariants.assign(listed, "interpreted", "smoke")[ids[1]]
 
 
-def test_a_named_case_shows_all_that_fit_so_that_it_repeats_what_any_run_found():
-    for line in plan(tier="ci"):
-        if line.invariants:
-            [named] = plan(cases=(line.case,))
-            assert set(line.invariants) <= set(named.invariants)
+def test_a_named_case_shows_whatever_a_run_of_a_tier_asked_of_it():
+    for tier in ("smoke", "ci"):
+        asked = [line for line in plan(tier=tier) if line.invariants]
+        named = {line.case: line for line in plan(cases=tuple(line.case for line in asked))}
+        for line in asked:
+            assert set(line.invariants) <= set(named[line.case].invariants)
+
+
+def test_a_named_case_shows_all_that_fit_unless_that_takes_long():
+    [quick] = plan(cases=("index_score/q=9,kv=300",))
+    assert quick.invariants == invariants.fitting(cases.parse_id(quick.case), "interpreted")
+    [slow] = plan(cases=("sparse_attn/q=500,kv=9000",))
+    assert slow.invariants == ()
+
+
+@pytest.mark.parametrize("part", [{"expr": "gauss"}, {"ops": ("index_topk", "decode")}, {"seed": 3}])
+def test_a_part_of_a_tier_and_another_seed_change_nothing(part):
+    whole = {line.case: line.invariants for line in plan(tier="ci")}
+    for line in plan(tier="ci", **part):
+        assert line.invariants == whole[line.case.removesuffix("~3")]
 
 
 def test_shards_share_the_invariants_of_the_whole():
