@@ -276,7 +276,7 @@ class Profile:
     fp32_dot: Literal["ieee", "tf32"] = "ieee"
     """How fp32 operands are multiplied on a device."""
     bitwise: frozenset[str] = frozenset()
-    """Extra bit-for-bit promises by name, e.g. `repeat`."""
+    """Extra bit-for-bit promises: `repeat` (two calls), `far_rows` (query tokens whose offset passes 2^31 elements)."""
 
 
 @dataclass(frozen=True)
