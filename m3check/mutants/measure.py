@@ -114,6 +114,7 @@ def bench(options: RunOptions, text: str, jobs: int, told: Callable[[str], None]
     if evidence != "device":
         told(f"{text}: inputs and references of {len(lines)} cases")
         keep([cases.parse_id(line.case) for line in lines])
+    _warm(made, lines)
     gc.collect()
     gc.freeze()
     told(f"{text}: the clean kernels on {len(lines)} cases")
@@ -132,6 +133,22 @@ def bench(options: RunOptions, text: str, jobs: int, told: Callable[[str], None]
         (made.clean if clean.status is Status.PASSED else made.dropped).append(clean)
     made.clean.sort(key=lambda c: c.line.case)
     return made
+
+
+def _warm(made: Bench, lines: Sequence[PlanLine]) -> None:
+    """One clean case of each op, so that all that judging imports is here before a process is forked.
+
+    A device must not be touched by the parent: a process that is forked afterwards could not use it.
+    """
+    from m3check import checks, reference, rerun  # noqa: F401
+    from m3check.cases import generate  # noqa: F401
+
+    if made.session.evidence == "device":
+        return
+    made.session.loaded = load(made.origin, made.session.arch, made.session.evidence, None, Path())
+    cheapest = sorted(lines, key=lambda line: (len(line.invariants), cases.cost(cases.parse_id(line.case), "interpreted")))
+    for line in {line.op: line for line in reversed(cheapest)}.values():
+        runner.run_one(cases.parse_id(line.case), made.session, line, "")
 
 
 def measure(made: Bench, mutants: Sequence[Mutant]) -> Iterator[Outcome]:
