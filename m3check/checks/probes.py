@@ -37,12 +37,14 @@ def check_membership(view: View) -> list[Finding]:
 
 
 def _counting_error(view: View, number: Tensor) -> Tensor:
-    """Relative error of a mean of `number` equal weights: roundings of the output and of partial ones, and of the sum."""
-    dtype, profile = view.actual("out").dtype, view.setting.profile
-    roundings = 1 if profile.partials == "fp32" else 2
+    """Relative error of a mean of `number` equal weights: two roundings and the sum's.
+
+    The output is rounded, and either partial outputs are or weights that were divided by their sum first (else they are 1).
+    """
+    dtype = view.actual("out").dtype
     steps = number / SUBTILE + 2
     lse = LN2 * steps * (U32 * number.clamp(min=2).log2() + EXP2_ERROR) + steps * (EXP2_ERROR + 2 * U32)
-    return roundings * FORMATS[dtype].u + lse
+    return 2 * FORMATS[dtype].u + lse
 
 
 def _miscounted(view: View, row: int, head: int) -> str:
