@@ -54,6 +54,16 @@ def test_right_kernels_pass(fill, style):
 
 
 @pytest.mark.parametrize("fill", PROBES)
+def test_a_kernel_that_normalises_weights_before_it_rounds_them_passes(fill):
+    problem = inputs(f"sparse_attn/q=1,kv=2222,h=2,g=4,topk=8,fill={fill}")
+    out = []
+    for head in range(2):
+        weights = _logits(problem, head, 0).softmax(-1).bfloat16().float()
+        out.append((weights @ problem.v[_tokens(problem, head, 0), head].float()).bfloat16())
+    assert not red(judge(problem, {"out": torch.cat(out)[None]}, partials="fp32"))
+
+
+@pytest.mark.parametrize("fill", PROBES)
 def test_a_probe_is_judged_by_its_own_check_alone(fill):
     problem = inputs(f"sparse_attn/q=2,kv=900,h=1,g=2,topk=3,fill={fill}")
     findings = judge(problem, {"out": simulate.attention(problem, problem.topk_idx)})
@@ -73,13 +83,16 @@ def test_a_needle_outweighs_scaled_keys(scale):
     assert not attend(text)
 
 
+def _tokens(problem, head, row):
+    """Tokens that one row of the first request attends to."""
+    token = (problem.topk_idx[head, row][:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+    return token[(token >= 0) & (token <= next(problem.case.requests()).position(row))]
+
+
 def _logits(problem, head, row):
     """[G, n] over the attended tokens of one row."""
     case = problem.case
-    ids = problem.topk_idx[head, row]
-    token = (ids[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
-    position = next(case.requests()).position(row)
-    keys = problem.k[token[(token >= 0) & (token <= position)], head].double()
+    keys = problem.k[_tokens(problem, head, row), head].double()
     query = problem.q[row, head * case.gqa : (head + 1) * case.gqa].double()
     return query @ keys.T * problem.sm_scale
 
