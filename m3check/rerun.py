@@ -87,7 +87,14 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
     if session.evidence == "device":
         from m3check.paging import World as Default
 
-        trial.replay = lambda several, world: launched(lambda: replay.replayed(kernel, several, world))
+        def replayed(several: Sequence[Inputs], world: World) -> list[Run] | str:
+            try:
+                runs: list[Run] = launched(lambda: replay.replayed(kernel, several, world))
+            except replay.CannotCapture as error:
+                return str(error)
+            return runs
+
+        trial.replay = replayed
         trial.launches = lambda same, count: launched(lambda: replay.in_flight(kernel, same, Default(), count))
         switch = session.loaded.dependent_launch
         if switch is not None:

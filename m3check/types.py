@@ -276,7 +276,8 @@ class Profile:
     fp32_dot: Literal["ieee", "tf32"] = "ieee"
     """How fp32 operands are multiplied on a device."""
     bitwise: frozenset[str] = frozenset()
-    """Extra bit-for-bit promises: `repeat` (two calls), `far_rows` (query tokens whose offset passes 2^31 elements)."""
+    """Further promises: `repeat` (the same bits twice), `far_rows` (query tokens whose offset passes 2^31 elements),
+    `graph` (a CUDA graph can capture the kernel)."""
 
 
 @dataclass(frozen=True)

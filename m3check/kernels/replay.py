@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from m3check.paging import Run, World
 
 
+class CannotCapture(M3CheckError):
+    """A kernel that cannot be part of a CUDA graph, for instance because it reads a length on the host."""
+
+
 def _stages(kernel: Kernel, inputs: Inputs, world: World) -> list[Prepared]:
     """The calls of a kernel, or of a chain's kernels in order, ready to launch; `_launch` hands results over."""
     import torch
@@ -53,18 +57,29 @@ def _taken(stages: Sequence[Prepared], results: Sequence[Any], inputs: Inputs) -
 
 
 def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run]:
-    """Capture a graph on the first inputs; replay it with the contents of each of the others in the same tensors."""
+    """Capture a graph on the first inputs; replay it with the contents of each of the others in the same tensors.
+
+    Raises CannotCapture for a kernel that waits for the device.
+    """
     import torch
 
     stages = _stages(kernel, inputs[0], world)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _launch(stages)  # compiled and tuned before the capture
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = _launch(stages)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # a wait raises here, where it harms no capture
+    try:
+        with torch.cuda.stream(stream):
+            _launch(stages)  # compiled and tuned before the capture
+        torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            results = _launch(stages)
+    except (RuntimeError, AssertionError) as error:
+        raise CannotCapture(f"{kernel.name} cannot be captured in a graph: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
     runs = []
     for each in inputs[1:]:
         for stage, new in zip(stages, _stages(kernel, each, world), strict=True):

@@ -38,8 +38,9 @@ class Trial:
     configurations: Sequence[tuple[str, Callable[[], Any]]] = ()
     """Named configurations of the kernels behind this one, and what pins each."""
     unpin: Callable[[], Any] = lambda: None
-    replay: Callable[[Sequence[Inputs], World], list[Run]] | None = None
-    """Capture a graph on the first inputs and replay it on each; they differ in contents and lengths only."""
+    replay: Callable[[Sequence[Inputs], World], list[Run] | str] | None = None
+    """Capture a graph on the first inputs and replay it on the others, which differ in contents and lengths only; or the
+    sentence why it cannot be captured."""
     launches: Callable[[Inputs, int], list[Run]] | None = None
     """Many launches in flight at once, on two streams."""
     without_dependent_launch: Callable[[Inputs], Run] | None = None

@@ -14,5 +14,5 @@ PROFILE = Profile(
     dequantise="rounded",
     partials="fp32",
     fp32_dot="ieee",
-    bitwise=frozenset({"repeat", "far_rows"}),
+    bitwise=frozenset({"repeat", "far_rows", "graph"}),
 )
