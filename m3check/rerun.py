@@ -71,13 +71,13 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
         refusal = session.loaded.refuses(changed.case)
         if refusal is not None:
             raise M3CheckError(refusal)
-        return runner.call(kernel, changed, session, world)[0]
+        return runner.call(kernel, changed, session, world)
 
     def other(op: str, changed: Inputs, world: World) -> Run:
         refusal = session.loaded.refuses(changed.case)
         if refusal is not None:
             raise M3CheckError(refusal)
-        return runner.call(session.loaded.kernels[op], changed, session, world)[0]
+        return runner.call(session.loaded.kernels[op], changed, session, world)
 
     def launched(way: Callable[[], Any]) -> Any:
         return runner.guarded(kernel, way)

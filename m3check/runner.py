@@ -196,8 +196,8 @@ def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -
     from m3check.paging import World
 
     inputs = cases.make_inputs(case, session.device)
-    run, launches = call(kernel, inputs, session)
-    dot, pv = _accumulators(case, launches, session)
+    run = call(kernel, inputs, session)
+    dot, pv = run.arithmetic or (FP32, FP32)
     setting = checks.Setting(
         profile=kernel.profile,
         arch=session.arch,
@@ -206,7 +206,7 @@ def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -
         pv=pv,
     )
     if any(access.misuse == "unwritten" for access in run.accesses or ()):
-        again, _ = call(kernel, inputs, session, World(poison="garbage"))
+        again = call(kernel, inputs, session, World(poison="garbage"))
         accesses.weigh(View(OPS[case.op], inputs, run, {}, setting), again)
     judge = Judge(inputs, setting)
     findings = judge(inputs, run)
@@ -230,6 +230,9 @@ class Judge:
         rules: tuple[Rule, ...] = ("rounded", "folded") if inputs.k_scale is not None else ("rounded",)
         if self._setting.profile.dequantise != "either":
             rules = (self._setting.profile.dequantise,)
+        setting = self._setting
+        if run.arithmetic is not None:  # another route or shape may have been compiled to other instructions
+            setting = replace(setting, dot=run.arithmetic[0], pv=run.arithmetic[1])
         best: list[Finding] | None = None
         for rule in rules:
             problem, expected = self._reference(inputs, rule)
@@ -238,7 +241,7 @@ class Judge:
                 op = "sparse_attn" if OPS[problem.case.op].phase == "prefill" else "sparse_attn_decode"
                 return reference.expected(replace(problem, case=replace(problem.case, op=op), topk_idx=ids))
 
-            findings = checks.compare(problem, run, expected, self._setting, attend)
+            findings = checks.compare(problem, run, expected, setting, attend)
             if best is None or _red(findings) < _red(best):
                 best = findings
             if not _red(best):
@@ -262,20 +265,23 @@ def _red(findings: Sequence[Finding]) -> int:
     return sum(finding.status is Status.FAILED for finding in findings)
 
 
-def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None = None) -> tuple[Run, Launches | None]:
+def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None = None) -> Run:
     """Run the kernel in filled memory; whatever it raises becomes KernelRaised with the place."""
     from m3check import device
     from m3check.kernels import contract
 
-    def run() -> tuple[Run, Launches | None]:
+    def run() -> Run:
         if session.evidence != "device":
-            return contract.call(kernel, inputs, world, _observe(world)), None
+            result = contract.call(kernel, inputs, world, _observe(world))
+            result.arithmetic = FP32, FP32
+            return result
         with device.recording() as launches:
             result = contract.call(kernel, inputs, world)
         import torch
 
         torch.cuda.synchronize(session.device)
-        return result, launches
+        result.arithmetic = _accumulators(inputs.case, launches, session)
+        return result
 
     if world is not None and world.poison == "garbage":
         with rerun.fresh_garbage():
@@ -315,10 +321,8 @@ def _where(error: BaseException) -> str:
     return f"{type(chain).__name__}: {text[:400]}{place}"
 
 
-def _accumulators(case: Case, launches: Launches | None, session: Session) -> tuple[Accumulator, Accumulator]:
-    """How q·k and p·v were summed: in fp32 by the interpreter, by the emitted matrix instructions on a device."""
-    if session.evidence != "device" or launches is None:
-        return FP32, FP32
+def _accumulators(case: Case, launches: Launches, session: Session) -> tuple[Accumulator, Accumulator]:
+    """How q·k and p·v were summed on a device: by the matrix instructions that were emitted."""
     operands = {"fp32": "tf32"}.get(case.dtype, "fp8" if case.dtype.startswith("fp8") else "16")
     row = launches.accumulator(session.arch, operands)
     return row, row
