@@ -6,37 +6,22 @@ of whatever else it hands to a launch. A region has a byte of flags for each ele
 
 from __future__ import annotations
 
-import os
-import sys
 from bisect import bisect_right, insort
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import triton
-from numpy.lib.stride_tricks import as_strided
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter as base
 
 from m3check.interpret import memory
+from m3check.interpret.allocations import Allocations, source_line
+from m3check.interpret.regions import OWN, READ, WRITE, WRITTEN, Region, elements
 from m3check.paging import Access, Misuse, Observation, Territory
 
-OWN, READ, WRITE, WRITTEN = 1, 2, 4, 8
-"""A cell of a view; that may be read; that may be written; that holds something."""
-
 NEEDS = {"load": READ | WRITTEN, "store": WRITE, "atomic": READ | WRITE | WRITTEN}
-LIMIT = 1 << 30
-"""Bytes of a storage that is judged; the flags of a larger one would cost too much."""
-
-SEVERAL = -1
-"""Stands for the program that wrote a cell where several wrote the same value."""
-
-_UNWRITTEN = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
-_LIBRARIES = tuple(str(Path(str(m.__file__)).parent) + os.sep for m in (torch, triton, np))
-_HERE = str(Path(__file__).parent) + os.sep
 
 
 @contextmanager
@@ -46,55 +31,12 @@ def observed(territories: Sequence[Territory]) -> Iterator[Observation]:
     seen = Observation()
     memory.watch(watch.access, watch.launch)
     try:
-        with _Allocations(watch):
+        with Allocations(watch):
             yield seen
     finally:
         memory.unwatch(watch.access)
         seen.launches = watch.launches
         seen.accesses += watch.found.values()
-
-
-class Region:
-    """One storage: flags and, within a launch, the program that wrote each cell."""
-
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.name = name
-        self.keep: Any = storage  # memory that is freed would be given to another tensor
-        self.base = storage.data_ptr()
-        self.size = storage.nbytes()
-        self.cell = tensor.element_size()
-        self.flags = np.zeros(self.size // self.cell if self.size <= LIMIT else 0, np.uint8)
-        self.page = 0, 1  # of the first view: its first cell, and cells to the next index of its first dimension
-        self.writers: Any = None
-        self.launch = -1
-
-    @property
-    def end(self) -> int:
-        """The first address behind it."""
-        return self.base + self.size
-
-    def view(self, tensor: torch.Tensor) -> Any:
-        """The flags of a view's cells; writing to them writes to the region's."""
-        ratio, rest = divmod(tensor.element_size(), self.cell)
-        if rest:  # narrower than the cells known so far
-            ratio, narrow = 1, tensor.element_size()
-            self.flags = self.flags.repeat(self.cell // narrow)
-            self.cell, self.writers = narrow, None
-        shape, strides = tuple(tensor.shape), tuple(s * ratio for s in tensor.stride())
-        if ratio > 1:
-            shape, strides = (*shape, ratio), (*strides, 1)
-        return as_strided(self.flags[tensor.storage_offset() * ratio :], shape, strides)
-
-    def write(self, cells: Any, program: int, launch: int) -> Any:
-        """Note who writes; the cells (bool) that another program of this launch wrote before."""
-        if self.launch != launch or self.writers is None:
-            self.writers, self.launch = np.zeros(len(self.flags), np.int32), launch
-        before = self.writers[cells]
-        others = (before != 0) & (before != program)
-        self.writers[cells] = np.where(others, SEVERAL, program)
-        self.flags[cells] |= WRITTEN
-        return others
 
 
 class Watch:
@@ -169,9 +111,11 @@ class Watch:
 
     def access(self, addresses: Any, mask: Any, size: int, kind: str, values: Any) -> Any:
         """Judge one access; the lanes that would touch unknown memory are told, to be left out."""
+        if mask.shape != addresses.shape:
+            addresses, mask = np.broadcast_arrays(addresses, mask)
         whole = mask.all()
-        live = addresses.reshape(-1) if whole else np.broadcast_to(addresses, mask.shape)[mask]
-        if not live.size:
+        live = addresses.reshape(-1) if whole else addresses[mask]
+        if not live.size or not self._ordered:
             return None
         if values is not None:
             values = np.broadcast_to(values, addresses.shape)
@@ -224,18 +168,18 @@ class Watch:
             before = region.writers.take(cells)
             foreign = (before > 0) & (before != program)
             if foreign.any():
-                self._note("unordered", kind, region.name, self._cell(region, cells[foreign][0]), int(foreign.sum()))
+                self._note("unordered", kind, region.name, region.element(cells[foreign][0]), int(foreign.sum()))
 
     def _misused(self, region: Region, cells: Any, flags: Any, kind: str) -> None:
         """Say of each lane that lacks a right which one it is."""
         own = (flags & OWN) != 0
         if not own.all():
             first = int(cells[~own][0])
-            self._note("outside", kind, region.name, self._distance(region, first), int((~own).sum()))
+            self._note("outside", kind, region.name, region.distance(first), int((~own).sum()))
         if kind != "load":
             closed = own & ((flags & WRITE) == 0)
             if closed.any():
-                self._note("input", kind, region.name, self._cell(region, cells[closed][0]), int(closed.sum()))
+                self._note("input", kind, region.name, region.element(cells[closed][0]), int(closed.sum()))
         if kind == "store":
             return
         foreign = own & ((flags & READ) == 0)
@@ -245,7 +189,7 @@ class Watch:
             self._note("unowned", kind, region.name, where, int(foreign.sum()))
         unwritten = own & ((flags & (READ | WRITTEN)) == READ)
         if unwritten.any():
-            self._note("unwritten", kind, region.name, self._cell(region, cells[unwritten][0]), int(unwritten.sum()))
+            self._note("unwritten", kind, region.name, region.element(cells[unwritten][0]), int(unwritten.sum()))
 
     def _race(self, region: Region, offsets: Any, cells: Any, others: Any, size: int, values: Any) -> None:
         """Another program wrote these cells: wrong unless it wrote the same bits."""
@@ -256,7 +200,7 @@ class Watch:
         now = bits[(offsets[others] // np.uint64(size)).view(np.int64)]
         changed = now != np.ascontiguousarray(values[others]).view(bits.dtype)
         if changed.any():
-            self._note("race", "store", region.name, self._cell(region, cells[others][changed][0]), int(changed.sum()))
+            self._note("race", "store", region.name, region.element(cells[others][changed][0]), int(changed.sum()))
 
     def _beside(self, index: int, live: Any, size: int, kind: str) -> None:
         """Addresses in no storage that is known: named after the nearest one."""
@@ -264,23 +208,10 @@ class Watch:
         near = [(address - r.end + size, "past the end", r) for r in self._ordered[max(index, 0) : max(index, 0) + 1]]
         near += [(r.base - address, "before the start", r) for r in self._ordered[index + 1 : index + 2]]
         distance, side, region = min(((d, s, r) for d, s, r in near if d > 0), key=lambda n: n[0])
-        where = f"{_elements(-(-distance // size))} {side} of its storage"
+        where = f"{elements(-(-distance // size))} {side} of its storage"
         self._note("outside", kind, region.name, where, len(live))
 
     # -- words --------------------------------------------------------------------------------------------------------
-
-    def _distance(self, region: Region, cell: int) -> str:
-        own = np.flatnonzero(region.flags & OWN)
-        after = int(np.searchsorted(own, cell))
-        past = cell - int(own[after - 1]) if after else None
-        before = int(own[after]) - cell if after < len(own) else None
-        if past is not None and (before is None or past <= before):
-            return f"{_elements(past)} past {'a cell of its view' if before is not None else 'its end'}"
-        assert before is not None  # a view has at least one cell
-        return f"{_elements(before)} before {'a cell of its view' if past is not None else 'its start'}"
-
-    def _cell(self, region: Region, cell: Any) -> str:
-        return f"element {int(cell) - region.page[0]}"
 
     def _program(self) -> int:
         x, y, z = base.interpreter_builder.grid_idx
@@ -288,7 +219,7 @@ class Watch:
         return int(1 + x + nx * (y + ny * z))
 
     def _note(self, misuse: Misuse, kind: Any, tensor: str, where: str, count: int) -> None:
-        line = _line()
+        line = source_line()
         key = misuse, kind, tensor, line
         known = self.found.get(key)
         if known is not None:
@@ -297,38 +228,3 @@ class Watch:
             x, y, z = base.interpreter_builder.grid_idx
             program = int(x), int(y), int(z)
         self.found[key] = Access(misuse, kind, tensor, where, self._kernel, program, line, count)
-
-
-class _Allocations(TorchDispatchMode):
-    """Memory that the wrapper allocates without writing it, and what torch writes there, between launches."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watch = watch
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.overloadpacket.__name__ in _UNWRITTEN and not self._watch.is_known(out):
-            self._watch.know(out, f"temporary {list(out.shape)} of {_line()}", OWN | READ | WRITE)
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                target = args[place] if place < len(args) else kwargs.get(argument.name)
-                if isinstance(target, torch.Tensor):
-                    self._watch.wrote(target)
-        return out
-
-
-def _elements(count: int) -> str:
-    return "1 element" if count == 1 else f"{count} elements"
-
-
-def _line() -> str:
-    """The innermost line of source that is neither a library's nor the watch's: file.py:12."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith((*_LIBRARIES, _HERE, "<")) and "contextlib" not in file:
-            return f"{Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return "unknown line"
