@@ -97,11 +97,17 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
         edits = sampled(edits, arguments.sample, arguments.seed or 0)
     elif not arguments.all:
         edits = standard(edits)
-    chosen = [*rows, *edits, *controls.controls(origin)]
+    chosen = [*rows, *controls.controls(origin), *edits]
     if arguments.only:
         words = [word.lower() for word in arguments.only]
-        chosen = [m for m in chosen if any(word in f"{m.kind} {m.key} {m.name} {m.text}".lower() for word in words)]
+        chosen = [m for m in chosen if any(word in _described(m) for word in words)]
     return chosen, without
+
+
+def _described(mutant: Mutant) -> str:
+    """What --only looks at."""
+    family = "" if mutant.kind in ("catalogue", "control") else "generic "
+    return f"{family}{mutant.kind} {mutant.key} {mutant.name} {mutant.text}".lower()
 
 
 def _interpret() -> None:

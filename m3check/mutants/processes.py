@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import select
@@ -13,6 +15,9 @@ from typing import Any
 
 WALL = 20.0
 """A process may wait (for a busy machine) this many times as long as it may compute."""
+
+PR_SET_PDEATHSIG = 1
+"""Of prctl, Linux: the signal that a process gets when its parent has ended."""
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -71,6 +76,8 @@ def _fork(task: Any, work: Callable[[Any, Send], None], wall: float, others: lis
         return Child(task, pid, ours, time.monotonic() + wall)
     code = 70
     try:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.close(ours)
         for other in others:
             os.close(other.pipe)
