@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check import arch as arches
 from m3check import cases as _cases
-from m3check import isolate, kernels, runner
+from m3check import isolate, kernels, power, runner
 from m3check.report.jsonfile import SCHEMA_VERSION
 from m3check.types import OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
 
@@ -119,6 +119,7 @@ def run(options: RunOptions) -> Record:
             raise M3CheckError(str(error)) from error
     facts["seconds"] = round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1)
     ordered = tuple(results[k] for line in lines if (k := (line.case, line.provider)) in results)
+    facts["power"] = power.summary(ordered)
     return _record(ordered, facts, options, interrupted)
 
 

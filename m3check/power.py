@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from m3check import cases
 from m3check.hypotheses import HYPOTHESES, Side, State, touching
-from m3check.types import OPS, Case, Inputs, M3CheckError, Outputs, Profile, Status
+from m3check.types import OPS, Case, Inputs, M3CheckError, Outputs, Profile, Result, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,8 @@ PATH = Path(__file__).parent / "data" / "power.json"
 
 MARKS: Mapping[State, str] = {"seen": "+", "unseen": "-", "equal": "=", "absent": "."}
 
-LARGEST = 2e10
-"""Products of query and key elements of the largest case that is asked when it runs: about a second on a CPU."""
+LARGEST = 2e8
+"""Products of query and key elements of the largest case that is asked when it runs: a second or two on a CPU."""
 
 
 def work(case: Case) -> float:
@@ -133,11 +133,14 @@ def judged(found: Mapping[str, State]) -> tuple[Status, str] | None:
     return Status.INCONCLUSIVE, "no named defect would change the right answer of this case"
 
 
-def summary(ran: Iterable[str]) -> dict[str, Any]:
-    """The power table of a run for its record, from the ids of the cases that ran."""
+def summary(results: Iterable[Result]) -> dict[str, Any]:
+    """The power table of a run for its record.
+
+    `defects` has a row for each: stage, words, how many cases refuse it, how many right answers it changes.
+    """
     counts: dict[str, list[int]] = {}
     listed = unlisted = 0
-    for case in dict.fromkeys(ran):
+    for case in dict.fromkeys(result.case for result in results if result.status is not Status.SKIPPED):
         found = known(cases.parse_id(case))
         listed, unlisted = listed + (found is not None), unlisted + (found is None)
         for name, word in (found or {}).items():
@@ -158,29 +161,35 @@ def _marks(text: str) -> tuple[str, str]:
 
 
 def main() -> int:
-    """Write the table for the tiers: what is listed already stays, unless --all asks for it anew."""
+    """Write the table: what is listed already and still in a tier stays, unless --all asks for it anew."""
     parser = argparse.ArgumentParser(prog="python -m m3check.power", description=main.__doc__)
     parser.add_argument("--all", action="store_true", help="work out every case anew")
-    parser.add_argument("--tier", nargs="+", default=["ci"], help="tiers to list (default: ci)")
+    parser.add_argument("--tier", default="ci", help="the tier that is to be complete (default: ci)")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--out", type=Path, default=PATH, help="file to write (default: the shipped one)")
     arguments = parser.parse_args()
-    wanted = [cases.case_id(c) for c in dict.fromkeys(c for name in arguments.tier for c in cases.tier(name))]
-    before = json.loads(PATH.read_text(encoding="utf-8")) if PATH.exists() and not arguments.all else {"cases": {}}
+    wanted = [cases.case_id(case) for case in cases.tier(arguments.tier)]
     names = {op: [h.name for h in touching(op)] for op in OPS}
-    same = {op for op in OPS if before.get("hypotheses", {}).get(op) == names[op]}
-    done = {case: marks for case, marks in before["cases"].items() if case in wanted and case.partition("/")[0] in same}
-    due = [case for case in wanted if case not in done]
-    due.sort(key=lambda text: -work(cases.parse_id(text)))
+    done = {} if arguments.all else _kept(names)
+    due = sorted((case for case in wanted if case not in done), key=lambda text: work(cases.parse_id(text)))
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for i, (text, marks) in enumerate(pool.map(_marks, due), 1):
             done[text] = marks
             print(f"{i}/{len(due)} {marks} {text}", file=sys.stderr, flush=True)
-    body = ",\n".join(f"{json.dumps(case)}: {json.dumps(done[case])}" for case in wanted)
-    legend = "+ seen, - unseen, = equal to the right answer, . nothing to act on; written by python -m m3check.power"
+    order = [case_id for case in cases.tier("full") if (case_id := cases.case_id(case)) in done]
+    body = ",\n".join(f"{json.dumps(case)}: {json.dumps(done[case])}" for case in order)
+    legend = "+ seen, - unseen, = as right as the right answer, . nothing to act on; written by python -m m3check.power"
     head = f'{{"legend": {json.dumps(legend)},\n"hypotheses": {json.dumps(names)},\n"cases": {{\n'
-    arguments.out.write_text(head + body + "\n}}\n", encoding="utf-8")
+    PATH.write_text(head + body + "\n}}\n", encoding="utf-8")
     return 0
+
+
+def _kept(names: Mapping[str, list[str]]) -> dict[str, str]:
+    """The lines of the table whose op still has the same hypotheses."""
+    if not PATH.exists():
+        return {}
+    data = json.loads(PATH.read_text(encoding="utf-8"))
+    same = {op for op in OPS if data["hypotheses"].get(op) == names[op]}
+    return {case: marks for case, marks in data["cases"].items() if case.partition("/")[0] in same}
 
 
 if __name__ == "__main__":

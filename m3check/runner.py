@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from m3check import arch as arches
-from m3check import cases, invariants, kernels, rerun
+from m3check import cases, invariants, kernels, power, rerun
 from m3check.arch import FP32, Accumulator, Arch
 from m3check.expression import matcher
 from m3check.types import (
@@ -171,6 +171,8 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
     status, reason = verdict(findings)
     if session.unrepaired and status is not Status.SKIPPED:
         return result(Status.INCONCLUSIVE, "; ".join(session.unrepaired), findings)
+    if status is Status.PASSED:  # agreed; but would a wrong answer have passed, too?
+        status, reason = power.doubt(case, session.device) or (status, reason)
     return result(status, reason, findings)
 
 

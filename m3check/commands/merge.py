@@ -13,7 +13,7 @@ from m3check.types import Exit, Record, Result
 
 def main(arguments: argparse.Namespace) -> int:
     """Write or print the merged record; the exit code is that of one run with all these results."""
-    from m3check import report
+    from m3check import power, report
     from m3check.report import files, jsonfile
     from m3check.report.merge import merge, results_of
 
@@ -21,6 +21,7 @@ def main(arguments: argparse.Namespace) -> int:
     results = results_of(records)
     words = ["m3check", "merge", *arguments.records, *(["--out", arguments.out] if arguments.out else [])]
     record = merge(records, results, verdict(records, results), shlex.join(words))
+    record.environment["power"] = power.summary(results)  # of the merged cases, not the sum of what overlaps
     if arguments.out:
         folder = Path(arguments.out)
         files.check_writable(folder)

@@ -2,7 +2,8 @@
 
 A case is worth what it would refuse. For each hypothesis that touches its op, the reference gives the wrong answer, the
 answer is rounded as a kernel's would be, and the checks judge it like any other output: red means that the case could have
-seen this defect. What equals the right answer bit for bit is no defect there and counts for nothing.
+seen this defect. What equals the right answer bit for bit, or selects blocks of the same scores, is no defect there and
+counts for nothing.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("select_smallest", "select", "the smallest scores are selected", scores.smallest_first),
     Hypothesis("select_init_lost", "select", "init blocks are not forced", scores.forcing_lost("init_blocks")),
     Hypothesis("select_local_lost", "select", "local blocks are not forced", scores.forcing_lost("local_blocks")),
+    Hypothesis("select_own_lost", "select", "selection sees one block less", geometry.BLOCK_LOST),
+    Hypothesis("select_next_seen", "select", "selection sees one block more", geometry.BLOCK_MORE),
     Hypothesis("select_one_less", "select", "one block less than topk", scores.one_less),
     Hypothesis("select_head", "select", "an index head gets its neighbour's selection", scores.heads_rolled),
     Hypothesis("select_shifted", "select", "ids off by one", scores.columns_shifted),

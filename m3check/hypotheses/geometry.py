@@ -59,6 +59,8 @@ EARLIER = moved(lambda request, i: request.position(i) - 1)
 LATER = moved(lambda request, i: request.position(i) + 1)
 UNMASKED = moved(lambda request, i: request.kv_len - 1)
 LAST_LOST = moved(lambda request, i: min(request.position(i), request.kv_len - 2))
+BLOCK_LOST = moved(lambda request, i: request.position(i) - BLOCK)
+BLOCK_MORE = moved(lambda request, i: request.position(i) + BLOCK)
 DRAFTS_LOST = moved(lambda request, i: request.position(i) - (request.query_len - 1))
 
 
@@ -92,8 +94,11 @@ def next_block(x: Tensor, case: Case) -> Tensor:
     """Rows [N, ...] moved forward by a block within each request that has more than one, the first block to the end."""
     import torch
 
-    parts = [x[request.tokens] for request in case.requests()]
-    return torch.cat([part.roll(-BLOCK, 0) if len(part) > BLOCK else part for part in parts])
+    from m3check.paging import words
+
+    # Bits move, not values: a device cannot roll fp8.
+    parts = [words(x[request.tokens]) for request in case.requests()]
+    return torch.cat([part.roll(-BLOCK, 0) if len(part) > BLOCK else part for part in parts]).view(x.dtype)
 
 
 DIALECTS = {

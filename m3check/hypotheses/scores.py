@@ -29,7 +29,7 @@ def best_key_lost(inputs: Inputs) -> Inputs | None:
     for request in case.requests():
         first = request.kv_start + (blocks(request.kv_len) - 1) // 2 * BLOCK
         last = min(first + BLOCK, request.kv_start + request.kv_len)
-        if not request.query_len or last - first < 2:
+        if not request.query_len or not request.kv_len or last - first < 2:
             continue
         best = int((keys[first:last].double() @ q[request.queries][-1, 0].double()).argmax())
         changed[first + best] = keys[first + (best - 1 if best else 1)]
@@ -63,8 +63,38 @@ def forcing_lost(kind: str) -> Change:
     return change
 
 
+def forced_cells(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(visible, init, local) bool [T, K] of the scores' cells; a block that is both init and local is local."""
+    import torch
+
+    scores, case = inputs.scores, inputs.case
+    assert scores is not None
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    visible = torch.tensor([blocks(p + 1) for p in positions(case)], dtype=torch.int64, device=scores.device)[:, None]
+    seen = block < visible
+    local = seen & (block >= visible - case.local_blocks)
+    return seen, seen & (block < case.init_blocks) & ~local, local
+
+
+def comparable(scores: Tensor) -> Tensor:
+    """Scores in fp64, NaN below -inf, both finite."""
+    return scores.double().nan_to_num(nan=-1e301, posinf=1e300, neginf=-1e300)
+
+
+def merits(inputs: Inputs, ids: Tensor) -> Tensor:
+    """What the ids [H, T, topk] are worth, in order of worth: lists of equal merits are equally right."""
+    import torch
+
+    assert inputs.scores is not None
+    _, init, local = forced_cells(inputs)
+    worth = comparable(inputs.scores).masked_fill(init, 2e305).masked_fill(local, 1e305)
+    worth = torch.nn.functional.pad(worth, (0, 1), value=-2e305)  # an unused slot
+    unused = worth.shape[-1] - 1
+    return worth.gather(-1, ids.where((ids >= 0) & (ids < unused), unused).long()).sort(-1).values
+
+
 def exchanged(out: Callable[[Tensor], Tensor], into: Callable[[Tensor, Tensor], Tensor]) -> Change:
-    """Of the blocks that nothing forces, a chosen one and one left out exchange their scores.
+    """Of the blocks that nothing forces, a chosen one is left out (its score is NaN) and another taken (its score is +inf).
 
     `out(chosen)` and `into(chosen, all)` name their ranks from how many are chosen and how many there are, each [T, 1].
     Rows where the two scores are equal stay as they are: either choice is right there.
@@ -73,16 +103,14 @@ def exchanged(out: Callable[[Tensor], Tensor], into: Callable[[Tensor, Tensor], 
     def change(inputs: Inputs) -> Inputs | None:
         import torch
 
-        scores, case = inputs.scores, inputs.case
+        scores = inputs.scores
         assert scores is not None
         heads, _, columns = scores.shape
-        block = torch.arange(columns, device=scores.device)
-        visible = torch.tensor([blocks(p + 1) for p in positions(case)], device=scores.device)[:, None]
-        seen = block < visible
-        free = seen & (block >= case.init_blocks) & (block < visible - case.local_blocks)  # [T, K]
-        chosen = visible.clamp(max=case.topk) - (seen & ~free).sum(-1, keepdim=True)
+        seen, init, local = forced_cells(inputs)
+        free = seen & ~init & ~local  # [T, K]
+        chosen = seen.sum(-1, keepdim=True).clamp(max=inputs.case.topk) - (init | local).sum(-1, keepdim=True)
         every = free.sum(-1, keepdim=True)
-        value = scores.double().nan_to_num(nan=-1e301, posinf=1e300, neginf=-1e300).masked_fill(~free, -torch.inf)
+        value = comparable(scores).masked_fill(~free, -torch.inf)
         order = value.argsort(dim=-1, descending=True, stable=True)
         one, two = (
             order.gather(-1, rank.clamp(0, columns - 1).expand(heads, -1, -1))
@@ -92,7 +120,7 @@ def exchanged(out: Callable[[Tensor], Tensor], into: Callable[[Tensor, Tensor], 
         swap = (chosen > 0) & (every > chosen) & better  # [H, T, 1]
         if not swap.any():
             return None
-        changed = scores.scatter(-1, one, scores.gather(-1, two)).scatter(-1, two, scores.gather(-1, one))
+        changed = scores.scatter(-1, one, torch.nan).scatter(-1, two, torch.inf)
         return replace(inputs, scores=torch.where(swap, changed, scores))
 
     return change
@@ -102,9 +130,9 @@ best_for_worst = exchanged(lambda chosen: 0 * chosen, lambda chosen, every: ever
 neighbours = exchanged(lambda chosen: chosen - 1, lambda chosen, every: chosen)
 
 
-def one_less(inputs: Inputs) -> Inputs | None:
+def one_less(inputs: Inputs) -> Inputs:
     """One block less than topk."""
-    return replace(inputs, case=replace(inputs.case, topk=inputs.case.topk - 1)) if inputs.case.topk > 1 else None
+    return replace(inputs, case=replace(inputs.case, topk=inputs.case.topk - 1))
 
 
 def heads_rolled(inputs: Inputs) -> Inputs | None:

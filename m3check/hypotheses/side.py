@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from m3check.hypotheses.geometry import Change
+from m3check.hypotheses.scores import merits
 from m3check.types import OPS, Inputs, Outputs
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 Stage = Literal["score", "select", "attend"]
 
 State = Literal["seen", "unseen", "equal", "absent"]
-"""Refused by the checks; not refused; the right answer bit for bit; nothing to act on."""
+"""Refused by the checks; not refused; as right as the right answer; nothing to act on."""
 
 STAGES: Mapping[str, Mapping[Stage, str]] = {  # which reference answers for which stage of an op
     "index_score": {"score": "index_score"},
@@ -96,15 +97,23 @@ class Side:
 
     def state(self, defect: Defect) -> State:
         """Whether this case could have seen a defect."""
-        import torch
-
         wrong = self.wrong_answer(defect)
         if wrong is None:
             return "absent"
-        right = self.right_answer()
-        if all(torch.equal(_bits(wrong[name]), _bits(right[name])) for name in right):
+        if self._as_right(wrong, defect.stage):
             return "equal"
         return "seen" if self.refused(wrong) else "unseen"
+
+    def _as_right(self, answer: dict[str, Tensor], stage: Stage) -> bool:
+        """Whether an answer is the right one bit for bit, or selects blocks of the same scores."""
+        import torch
+
+        right, alike = self.right_answer(), True
+        if "ids" in right:
+            alike = torch.equal(*(merits(self.reads("select"), x["ids"]) for x in (answer, right)))
+        if stage != "attend":  # attention on another selection is right if the selection is
+            right.pop("out", None)
+        return alike and all(torch.equal(_bits(answer[n]), _bits(right[n])) for n in right if n != "ids")
 
     def _rounded(self, outputs: Outputs) -> dict[str, Tensor]:
         """Outputs as a kernel gives them: fp32 scores, int32 ids, attention in the queries' dtype."""

@@ -131,7 +131,8 @@ _WORDS = {
         "schema_version": "major.minor; a reader of the same major ignores keys that it does not know",
         "tool": "name and version of what wrote this",
         "arch": "the target that was asked for, e.g. sm100",
-        "environment": "where it ran: `machine` and `date` (ISO 8601, UTC) in words, and the versions that were used",
+        "environment": "where it ran: `machine` and `date` (ISO 8601, UTC) in words, and the versions that were used; "
+        "`power`: named defects as [stage, words, cases that would refuse it, cases whose right answer it changes]",
         "command": "the command line that makes this record again",
         "exit": "the exit code and the sentence that explains it",
         "summary": "{status: count}",

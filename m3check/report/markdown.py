@@ -15,7 +15,7 @@ DETAILED = 40
 
 def render(record: Record) -> str:
     """The whole report."""
-    sections = (head, summary, failures, margins, notes, doubts, skips, environment)
+    sections = (head, summary, failures, margins, power, notes, doubts, skips, environment)
     return "\n\n".join(text for section in sections if (text := section(record))) + "\n"
 
 
@@ -115,6 +115,26 @@ def margins(record: Record) -> str:
     return f"## Worst measured/limit\n\n{text}\n\n{table(headers, rows, right=headers[2:5])}"
 
 
+def power(record: Record) -> str:
+    """Named defects, and how many cases of this run would have refused each."""
+    facts = record.environment.get("power")
+    if not isinstance(facts, dict) or not facts.get("defects"):
+        return ""
+    rows = [
+        (stage, words, changed, seen, "" if seen or not changed else "**by no case**")
+        for stage, words, seen, changed in facts["defects"]
+    ]
+    text = (
+        "Would a wrong answer have passed? Each defect is the reference on changed inputs, judged by the same checks on "
+        f"{facts['cases']} cases of this run. `changed`: cases where it changes the right answer; `seen`: those of them "
+        "that would have been red; in the others it cannot be told from rounding."
+    )
+    if facts.get("unlisted"):
+        text += f" {facts['unlisted']} more cases are not in the table."
+    headers = ["stage", "defect", "changed", "seen", ""]
+    return f"## Power\n\n{text}\n\n{table(headers, rows, right=headers[2:4])}"
+
+
 def notes(record: Record) -> str:
     """What breaks the contract where the provider promises nothing."""
     found: dict[tuple[str, str, str, str], list[tuple[Result, Finding]]] = {}
@@ -158,7 +178,8 @@ def skips(record: Record) -> str:
 
 def environment(record: Record) -> str:
     """Where, when and with what; the command that makes it again."""
-    rows = [("m3check", record.tool.get("version", "")), *flat(record.environment)]
+    facts = {name: value for name, value in record.environment.items() if name != "power"}
+    rows = [("m3check", record.tool.get("version", "")), *flat(facts)]
     return f"## Environment\n\n{table(['what', 'value'], rows)}\n\n```\n{record.command}\n```"
 
 
