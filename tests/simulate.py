@@ -150,14 +150,17 @@ def forced(case: Case, plain: Tensor) -> Tensor:
 
 
 def select(case: Case, score: Tensor) -> Tensor:
-    """[H, T, topk] int32 by descending forced score."""
+    """[H, T, topk] int32 by descending score, forced blocks first and NaN last."""
     ids = torch.full((case.kv_heads, case.total_queries, case.topk), -1, dtype=torch.int32)
-    marked = forced(case, score)
+    rank = score.double()
+    rank = rank.nan_to_num(nan=-1e301, posinf=1e300, neginf=-1e300)
     for r in case.requests():
         for i in range(r.query_len):
             n, row = r.visible_blocks(i), r.query_start + i
             count = min(case.topk, n)
-            ranked = marked[:, row, :n].nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+            ranked = rank[:, row, :n].clone()
+            ranked[:, : case.init_blocks] = 1e307
+            ranked[:, max(0, n - case.local_blocks) :] = 1e306
             ids[:, row, :count] = ranked.argsort(dim=-1, descending=True, stable=True)[:, :count].int()
     return ids
 
