@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from m3check import invariants
@@ -66,6 +67,7 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
     from m3check import runner
     from m3check.checks.invariants.trial import Trial
     from m3check.kernels import replay
+    from m3check.paging import World
 
     def call(changed: Inputs, world: World) -> Run:
         refusal = session.loaded.refuses(changed.case)
@@ -73,11 +75,13 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
             raise M3CheckError(refusal)
         return runner.call(kernel, changed, session, world)
 
-    def other(op: str, changed: Inputs, world: World) -> Run:
+    def other(op: str, changed: Inputs) -> tuple[Run, list[Finding]]:
         refusal = session.loaded.refuses(changed.case)
         if refusal is not None:
             raise M3CheckError(refusal)
-        return runner.call(session.loaded.kernels[op], changed, session, world)
+        served: Kernel = session.loaded.kernels[op]
+        run = runner.call(served, changed, session, World())
+        return run, runner.Judge(changed, replace(setting, profile=served.profile))(changed, run)
 
     def launched(way: Callable[[], Any]) -> Any:
         return runner.guarded(kernel, way)
@@ -85,7 +89,6 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
     trial = Trial(inputs, first, setting, call, judge, other)
     trial.configurations, trial.unpin = _configurations(kernel, session)
     if session.evidence == "device":
-        from m3check.paging import World as Default
 
         def replayed(several: Sequence[Inputs], world: World) -> list[Run] | str:
             try:
@@ -95,14 +98,14 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
             return runs
 
         trial.replay = replayed
-        trial.launches = lambda same, count: launched(lambda: replay.in_flight(kernel, same, Default(), count))
+        trial.launches = lambda same, count: launched(lambda: replay.in_flight(kernel, same, World(), count))
         switch = session.loaded.dependent_launch
         if switch is not None:
 
             def without(same: Inputs) -> Run:
                 switch(False)
                 try:
-                    return call(same, Default())
+                    return call(same, World())
                 finally:
                     switch(True)
 

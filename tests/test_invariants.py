@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch_kernels as right
 
-from m3check import arena, cases, invariants, kernels, runner
+from m3check import arch, arena, cases, invariants, kernels, paging, runner
 from m3check.arch import ARCHS
+from m3check.checks.invariants.trial import coarsest
 from m3check.kernels.provider import Loaded, Spec, with_chains
 from m3check.types import OPS, Kernel, PlanLine, Profile, Result, Status
 
@@ -308,6 +310,23 @@ def test_same_as_prefill_catches_two_kernels_that_answer_differently():
     assert "went through sparse_attn" in result.reason
 
 
+def test_same_as_prefill_judges_the_prefill_kernel_by_its_own_promises():
+    def unguarded(**arguments):
+        right.sparse_attn(**arguments)
+        future = (arguments["topk_idx"] > 4).any(-1).any(0)  # blocks that no request has
+        arguments["output"][future] = math.nan
+
+    unguarded = like("sparse_attn")(unguarded)
+    case = "sparse_attn_decode/q=2x2,kv=600+333,h=2,g=2,d=64,topk=3,ids=future"
+    made = session({**right.RIGHT, "sparse_attn": unguarded})
+    accepts = made.loaded.kernels["sparse_attn"]
+    pickier = replace(accepts, profile=replace(PROFILE, id_lists=frozenset({"full"})))
+    line = PlanLine(case, "sparse_attn_decode", "user", "interpreted", None, ("same_as_prefill",))
+    assert runner.run_one(cases.parse_id(case), made, line, "").status is Status.FAILED
+    made = replace(made, loaded=replace(made.loaded, kernels={**made.loaded.kernels, "sparse_attn": pickier}))
+    assert runner.run_one(cases.parse_id(case), made, line, "").status is Status.PASSED
+
+
 @pytest.mark.parametrize(
     ("name", "field", "op", "case"),
     [
@@ -394,6 +413,13 @@ def test_a_kernel_that_never_repeats_its_bits_is_held_to_the_bounds_everywhere()
 
     result = run({**right.RIGHT, "sparse_attn_decode": restless}, ATTEND)
     assert result.status is Status.PASSED, result.reason
+
+
+def test_two_outcomes_are_judged_by_the_less_precise_of_their_instructions():
+    exact, short = arch.FP32, arch.Accumulator(13, 32)
+    runs = [paging.Run({}, arithmetic=(exact, short)), paging.Run({}), paging.Run({}, arithmetic=(short, exact))]
+    assert coarsest(runs) == (short, short)
+    assert coarsest([runs[1]]) is None
 
 
 def test_a_kernel_that_raises_on_the_changed_call_is_red():

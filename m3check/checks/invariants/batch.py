@@ -39,7 +39,7 @@ def heads(trial: Trial) -> list[Finding]:
     run = trial.call(replace(inputs, **turned), World())
     back = {"score": (0, turn), "ids": (0, turn), "out": (1, lanes)}
     outputs = {name: taken(tensor, back[name][1].argsort(), back[name][0]) for name, tensor in run.outputs.items()}
-    run = Run(outputs, run.guards, run.frozen)
+    run = Run(outputs, run.guards, run.frozen, arithmetic=run.arithmetic)
     return [trial.same("head_order", "the heads stood in another order", run, bitwise=False)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3check.checks.invariants.trial import coarsest
 from m3check.paging import Run, words
 from m3check.types import Inputs, Request, blocks
 
@@ -86,7 +87,7 @@ def put_back(first: Mapping[str, Tensor], runs: Sequence[tuple[Run, Tensor]]) ->
     Scores of fewer blocks are filled up with NaN: those blocks are invisible to the rows.
     """
     outputs = {name: tensor.clone() for name, tensor in first.items()}
-    total = Run(outputs)
+    total = Run(outputs, arithmetic=coarsest([run for run, _ in runs]))
     for run, rows in runs:
         total.guards += run.guards
         total.frozen += run.frozen

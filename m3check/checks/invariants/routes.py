@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from m3check.checks.invariants.regroup import Part, assembled, put_back
 from m3check.checks.invariants.trial import Trial, damage
 from m3check.paging import World
@@ -41,7 +43,9 @@ def prefill(trial: Trial) -> list[Finding]:
     op = PREFILL_OF[trial.inputs.case.op]
     live = [r for r in trial.inputs.case.requests() if r.kv_len >= r.query_len > 0]
     inputs, _ = assembled(trial.inputs, [Part.whole(r) for r in live], op=op, max_query_len=0)
-    run = trial.other(op, inputs, World())
+    run, findings = trial.other(op, inputs)
     change = f"the same rows went through {op}"
     broken = damage(run)
-    return [trial.judged("same_as_prefill", change, inputs, run) if broken is None else broken]
+    if broken is not None:
+        return [replace(broken, check="same_as_prefill", hint=f"{change}: {broken.hint}")]
+    return [trial.worst("same_as_prefill", change, findings)]

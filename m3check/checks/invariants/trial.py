@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m3check.arch import Accumulator
 from m3check.checks import integrity
 from m3check.checks.rowkinds import dead_rows, promised_rows
 from m3check.checks.scores import visible_cells
@@ -33,8 +34,8 @@ class Trial:
     """The same kernel on any inputs of its op."""
     judge: Callable[[Inputs, Run], list[Finding]]
     """All comparisons of a run with the reference."""
-    other: Callable[[str, Inputs, World], Run] | None = None
-    """The provider's kernel of another op; raises M3CheckError where there is none, or where it refuses."""
+    other: Callable[[str, Inputs], tuple[Run, list[Finding]]] | None = None
+    """The provider's kernel of another op, judged by its own profile; raises M3CheckError where there is none."""
     configurations: Sequence[tuple[str, Callable[[], Any]]] = ()
     """Named configurations of the kernels behind this one, and what pins each."""
     unpin: Callable[[], Any] = lambda: None
@@ -72,11 +73,16 @@ class Trial:
         count, where, values = found
         if bitwise and self.repeatable():
             return Finding(name, Status.FAILED, float(count), 0.0, where, f"{change}, and {count} cells changed: {values}")
-        return self.judged(name, change, self.inputs, Run(merged(view, self.first.outputs, run.outputs, rows)))
+        both = Run(merged(view, self.first.outputs, run.outputs, rows), arithmetic=coarsest([self.first, run]))
+        return self.judged(name, change, self.inputs, both)
 
     def judged(self, name: str, change: str, inputs: Inputs, run: Run) -> Finding:
         """The worst that the comparisons have to say about a run."""
-        for finding in self.judge(inputs, run):
+        return self.worst(name, change, self.judge(inputs, run))
+
+    def worst(self, name: str, change: str, findings: Sequence[Finding]) -> Finding:
+        """The first red finding under this name, or that there is none."""
+        for finding in findings:
             if finding.status is Status.FAILED:
                 return replace(finding, check=name, hint=f"{change}: {finding.check}: {finding.hint}")
         return self.passed(name)
@@ -91,6 +97,19 @@ class Trial:
                 difference(view, first, self.call(self.inputs, World()).outputs) is None for _ in range(REPEATS)
             )
         return self.repeats
+
+
+def coarsest(runs: Sequence[Run]) -> tuple[Accumulator, Accumulator] | None:
+    """How the least precise of some runs summed q·k and p·v; None where none of them says."""
+    said = [run.arithmetic for run in runs if run.arithmetic is not None]
+    if not said:
+        return None
+    dots, pvs = zip(*said, strict=True)
+
+    def bits(how: Accumulator) -> tuple[int, int]:
+        return how.fraction_bits or 24, how.operand_bits or 24
+
+    return min(dots, key=bits), min(pvs, key=bits)
 
 
 def damage(run: Run) -> Finding | None:
