@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from m3check import cases
 from m3check.hypotheses import HYPOTHESES, Side, State, touching
-from m3check.types import OPS, Case, Inputs, M3CheckError, Outputs, Profile, Result, Status
+from m3check.types import BLOCK, OPS, Case, Inputs, M3CheckError, Outputs, Profile, Result, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ LARGEST = 2e8
 def work(case: Case) -> float:
     """Products that the reference of a case takes."""
     scored = case.total_queries * case.kv_heads * case.context * case.head_dim if case.op != "index_topk" else 0
-    attended = case.total_queries * case.heads * min(case.topk * 128, case.context) * case.head_dim
+    attended = case.total_queries * case.heads * case.topk * BLOCK * case.head_dim
     read = {"index_topk": 0, "sparse_attn": attended, "sparse_attn_decode": attended}
     return read.get(case.op, scored + (attended if OPS[case.op].chain else 0))
 
