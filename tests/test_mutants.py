@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from m3check import arch, kernels
-from m3check.mutants import catalogue, controls, generic, measure, processes, sampled, standard
+from m3check.mutants import catalogue, controls, generic, processes, sampled, standard
 from m3check.mutants.mutant import Mutant, Outcome, content_key
 from m3check.mutants.review import judged, reviewed
 from m3check.mutants.sources import edited, sources
@@ -172,40 +171,14 @@ def test_controls_of_ours_stay_within_what_right_kernels_may_do(ours):
 def test_named_mutants_are_killed_and_a_control_is_green(tmp_path):
     """The whole path on the selection kernels: sources, a warm parent, the run's own judging, the verdicts."""
     out = tmp_path / "mutants.json"
-    wanted = {
-        "catalogue T3": "ids",
-        "catalogue T5 no forced block": "selection",
-        "catalogue T10 past the last row": "memory",
-        "catalogue S3": "",
-    }
-    only = [*wanted, "control N1 tied"]
-    only = [words.split(" ", 1)[1] for words in only]
-    command = [
-        sys.executable,
-        "-m",
-        "m3check",
-        "mutants",
-        "--op",
-        "index_topk",
-        "-k",
-        "h=2",
-        "--json",
-        str(out),
-        "--only",
-        *only,
-    ]
+    only = ["T3 unused", "T5 no forced block: index_topk", "T10 past the last row: index_topk", "S3 selection", "N1 tied"]
+    words = [sys.executable, "-m", "m3check", "mutants", "--op", "index_topk", "-k", "h=2", "--json", str(out), "--only"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    assert done.returncode in (0, 1), done.stderr
-    rows = {
-        row["name"]: row for row in json.loads(out.read_text()) if "index_topk" in row["name"] or ":" not in row["name"]
-    }
-    verdicts = {name: row["verdict"] for name, row in rows.items()}
-    assert verdicts["N1 tied blocks swapped"] == "green", rows
-    assert verdicts["T3 unused slots hold ids: index_topk"] == "killed", rows
-    assert verdicts["T5 no forced block: index_topk"] == "killed", rows
-    assert verdicts["T10 past the last row: index_topk"] == "killed", rows
-    assert verdicts["S3 selection reads every column"] == "killed", rows
-    assert rows["T5 no forced block: index_topk"]["check"] == "selection"
-    assert measure.cpus() >= 1
-    assert Path(out).stat().st_size > 0
+    done = subprocess.run([*words, *only], capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ended = {row["name"]: (row["verdict"], row["check"]) for row in json.loads(out.read_text())}
+    assert ended["N1 tied blocks swapped"] == ("green", "")
+    assert ended["T3 unused slots hold ids: index_topk"] == ("killed", "ids")
+    assert ended["T5 no forced block: index_topk"] == ("killed", "forced")
+    assert ended["T10 past the last row: index_topk"] == ("killed", "guards")
+    assert ended["S3 selection reads every column"][0] == "killed"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check.commands.talk import emit, talk
 from m3check.config import RunOptions
-from m3check.types import M3CheckError
+from m3check.types import OPS, M3CheckError
 
 if TYPE_CHECKING:
     from m3check.mutants.catalogue import Row
@@ -98,6 +98,9 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
     elif not arguments.all:
         edits = standard(edits)
     chosen = [*rows, *controls.controls(origin), *edits]
+    if arguments.op:
+        ops = {part for op in arguments.op for part in (op, *OPS[op].chain)}
+        chosen = [m for m in chosen if not m.ops or m.ops & ops]
     if arguments.only:
         words = [word.lower() for word in arguments.only]
         chosen = [m for m in chosen if any(word in _described(m) for word in words)]
