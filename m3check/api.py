@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from m3check.config import RunOptions
 
 
-
 def cases(tier: str = "ci", ops: Sequence[str] = ()) -> tuple[Case, ...]:
     """The cases of a tier (`smoke`, `ci`, `full`, `production`), of all ops or of some."""
     return tuple(case for case in _cases.tier(tier) if not ops or case.op in ops)
@@ -211,9 +210,7 @@ def _record(results: tuple[Result, ...], facts: dict[str, Any], options: RunOpti
     from m3check import __version__
     from m3check.report import exits
 
-    verdict = exits.judge(
-        results, options.kernels, strict=options.strict, require=options.require, interrupted=interrupted
-    )
+    verdict = exits.judge(results, options.kernels, strict=options.strict, require=options.require, interrupted=interrupted)
     return Record(
         schema_version=SCHEMA_VERSION,
         tool={"name": "m3check", "version": __version__},

@@ -15,7 +15,7 @@ from m3check.types import M3CheckError, Status
 CASE = "index_score/q=5+2,kv=300+140,h=2,d=64"
 OTHER = "index_score/q=3,kv=257,h=1,d=64"
 
-GOOD = '''
+GOOD = """
 import torch
 
 def index_score(idx_q, index_kv_cache, block_table, cu_seqlens_q, seq_lens, prefix_lens):
@@ -29,7 +29,7 @@ def index_score(idx_q, index_kv_cache, block_table, cu_seqlens_q, seq_lens, pref
             for b in range(-(-visible // 128)):
                 score[:, t, b] = dots[:, 128 * b : 128 * b + 128].amax(1)
     return score
-'''
+"""
 
 
 def run(tmp_path: Path, body: str, cases=(CASE, OTHER), **options):
@@ -91,7 +91,7 @@ def test_a_wrong_result_is_an_error_that_says_what_was_wanted(tmp_path, action, 
 
 
 def test_what_a_kernel_prints_does_not_reach_the_protocol(tmp_path):
-    record = run(tmp_path, when("True", 'print(\'{"answer": 1}\', flush=True)'), cases=(OTHER,))
+    record = run(tmp_path, when("True", "print('{\"answer\": 1}', flush=True)"), cases=(OTHER,))
     assert record.exit.code == 0
 
 
