@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m3check import cases
     from m3check.api import load_record, plan, run, verify
     from m3check.types import Case, Profile
 
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> Any:
         from m3check import api
 
         return getattr(api, name)
+    if name == "cases":
+        from importlib import import_module
+
+        return import_module("m3check.cases")
     raise AttributeError(f"module 'm3check' has no attribute {name!r}")

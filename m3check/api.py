@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -20,14 +21,15 @@ if TYPE_CHECKING:
     from m3check.config import RunOptions
 
 
-def cases(tier: str = "ci", ops: Sequence[str] = ()) -> tuple[Case, ...]:
-    """The cases of a tier (`smoke`, `ci`, `full`, `production`), of all ops or of some."""
-    return tuple(case for case in _cases.tier(tier) if not ops or case.op in ops)
+def plan(options: RunOptions | None = None, /, **flags: Any) -> list[PlanLine]:
+    """What a run would do, with the reason for everything that it would skip; `flags` are the fields of RunOptions."""
+    return runner.plan(_options(options, flags))
 
 
-def plan(options: RunOptions) -> list[PlanLine]:
-    """What a run would do, with the reason for everything that it would skip."""
-    return runner.plan(options)
+def _options(options: RunOptions | None, flags: dict[str, Any]) -> RunOptions:
+    from m3check.config import RunOptions
+
+    return options if options is not None else RunOptions(**flags)
 
 
 def load_record(path: str | Path) -> Record:
@@ -54,7 +56,9 @@ def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profi
         os.environ.setdefault("TRITON_INTERPRET", "1")
         from m3check import interpret
 
-        unrepaired = [r.detail for r in interpret.install() if r.needed and not r.installed]
+        # Triton without its interpreter cannot run here; a kernel in plain torch needs neither.
+        with contextlib.suppress(RuntimeError):
+            unrepaired = [r.detail for r in interpret.install() if r.needed and not r.installed]
     arch = arches.find_arch(found[0][1] if found else "sm90")
     session = runner.Session(
         arch,
@@ -67,11 +71,13 @@ def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profi
     return runner.run_one(case, session, line, "")
 
 
-def run(options: RunOptions) -> Record:
+def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     """Run the plan in worker processes, journal each result, and return the record (the caller writes the reports).
 
+    `flags` are the fields of RunOptions: `m3check.run(arch="sm90", kernels=("triton",), tier="smoke")`.
     Raises M3CheckError for what the user can mend: an unknown name, a provider that cannot be found or loaded.
     """
+    options = _options(options, flags)
     arch = arches.find_arch(options.arch)
     evidence, device, why = runner.evidence_for(arch)
     for text in options.kernels:  # fetched first: a plan knows a wheel's kernels only once they are in the cache

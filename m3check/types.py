@@ -320,6 +320,14 @@ class Result:
     seconds: float = 0.0
     repro: str = ""
 
+    def check(self) -> None:
+        """Raise AssertionError, with the findings as its message, where the result is red."""
+        if self.status not in RED:
+            return
+        worst = [f for f in self.findings if f.status is Status.FAILED]
+        told = [f"{f.check}: {f.measured} > {f.limit} at {f.where} ({f.hint})" for f in worst] or [self.reason]
+        raise AssertionError("\n".join([f"{self.status} {self.case} [{self.provider}]", *told, self.repro]).strip())
+
 
 @dataclass(frozen=True)
 class PlanLine:

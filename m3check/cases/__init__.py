@@ -5,8 +5,12 @@ Importing this package imports neither torch nor numpy; `make_inputs` does.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
+from m3check.cases import tiers
 from m3check.cases.cost import Estimate, case_cost, cost
 from m3check.cases.fills import FILLS
 from m3check.cases.ident import case_id, parse_id
@@ -44,3 +48,14 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     from m3check.cases.generate import make_inputs
 
     return make_inputs(case, device)
+
+
+class _Package(ModuleType):
+    """This package, which can be called: `m3check.cases(tier="ci", ops=("sparse_attn",))` is the public interface."""
+
+    def __call__(self, tier: str = "ci", ops: Sequence[str] = ()) -> tuple[Case, ...]:
+        """The cases of a tier (`smoke`, `ci`, `full`, `production`), of all ops or of some."""
+        return tuple(case for case in tiers.tier(tier) if not ops or case.op in ops)
+
+
+sys.modules[__name__].__class__ = _Package
