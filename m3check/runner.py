@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -131,7 +131,6 @@ class Session:
     loaded: Any  # kernels.Loaded
     unrepaired: Sequence[str] = ()
     """Why results of this process cannot be trusted, e.g. an interpreter repair that could not be installed."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Result:
