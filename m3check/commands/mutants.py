@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,14 @@ def main(arguments: argparse.Namespace) -> int:
     outcomes: list[Outcome] = []
     without: dict[str, list[Row]] = {}
     dropped: list[str] = []
+
+    def known(outcome: Outcome) -> None:
+        outcomes.extend(judged([outcome], entries))
+        if arguments.json:
+            _write(Path(arguments.json), [tables.data(o) for o in outcomes])
+
     for text in specs:
-        found, without[text], unused = _one(options, text, evidence, arguments)
-        outcomes += judged(found, entries)
+        without[text], unused = _one(options, text, evidence, arguments, known)
         dropped += unused
     controls = [o for o in outcomes if o.mutant.kind == "control"]
     wrong = [o for o in outcomes if o.verdict in ("survived", "unreached")]
@@ -62,29 +68,33 @@ def main(arguments: argparse.Namespace) -> int:
         emit(f"- not made: {tables.without(row)}")
     for sentence in dropped:
         emit(f"- case not used: {sentence}")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([tables.data(o) for o in outcomes], indent=1) + "\n", encoding="utf-8")
     talk(f"m3check: {len(outcomes)} mutants in {time.monotonic() - started:.0f} s, tier {options.tier}")
     if not outcomes:
         raise M3CheckError("no mutant was chosen")
     return 1 if wrong or alarms else 0
 
 
+def _write(file: Path, data: list[dict[str, Any]]) -> None:
+    """The whole file anew, in one step: a measurement that is interrupted leaves what it knew."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
 def _one(
-    options: RunOptions, text: str, evidence: str, arguments: argparse.Namespace
-) -> tuple[list[Outcome], list[Row], list[str]]:
-    """Measure one provider: outcomes, catalogue rows that could not be made, cases that could not be used."""
+    options: RunOptions, text: str, evidence: str, arguments: argparse.Namespace, known: Callable[[Outcome], None]
+) -> tuple[list[Row], list[str]]:
+    """Measure one provider, telling each outcome as it is known: catalogue rows without a mutant, cases not used."""
     from m3check.mutants import measure, tables
 
     made = measure.bench(options, text, arguments.jobs or measure.cpus(), lambda words: talk(f"m3check: {words}"))
     chosen, without = choose(made.origin, evidence, arguments)
     talk(f"m3check: {text}: {len(chosen)} mutants, {len(made.clean)} cases")
-    outcomes = []
-    for outcome in measure.measure(made, chosen):
-        outcomes.append(outcome)
-        talk(f"[{len(outcomes)}/{len(chosen)}] {tables.line(outcome)}")
+    for count, outcome in enumerate(measure.measure(made, chosen), start=1):
+        known(outcome)
+        talk(f"[{count}/{len(chosen)}] {tables.line(outcome)}")
     unused = [f"{text} {c.line.case}: the clean kernel is {c.status}: {c.reason}" for c in made.dropped]
-    return outcomes, without, unused
+    return without, unused
 
 
 def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant], list[Row]]:

@@ -1,7 +1,8 @@
 """Generic edits of kernel sources: every small change of an expression that a tired hand could make, from the syntax tree.
 
 Both the Triton functions of a file and the Python functions that launch them are edited. What raises for a wrong call is
-left alone, and so is what only changes speed (`num_warps`, `num_stages`, autotune lists).
+left alone, and so is what only changes speed (`num_warps`, `num_stages`, autotune lists), what only refuses to compile
+(`tl.static_assert`), and programmatic dependent launch: a wait too few is a race on a device, row W7 of the catalogue.
 """
 
 from __future__ import annotations
@@ -58,7 +59,23 @@ KINDS = {
     "loop": "the first or the last step left out",
     "sign": "a minus or a `not` left out",
 }
-_SPEED = frozenset({"num_warps", "num_stages", "configs", "key", "device", "dtype", "input_precision", "out_dtype"})
+_HINTS = frozenset({"static_assert", "static_print", "gdc_wait", "gdc_launch_dependents", "multiple_of", "max_contiguous"})
+"""Calls without a result of their own: they rule a configuration out, or say what the compiler or the launcher may do."""
+_PDL = frozenset({"USE_PDL", "use_pdl", "launch_pdl"})
+_SPEED = frozenset(
+    {
+        "launch_pdl",
+        "USE_PDL",
+        "num_warps",
+        "num_stages",
+        "configs",
+        "key",
+        "device",
+        "dtype",
+        "input_precision",
+        "out_dtype",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -126,10 +143,12 @@ class _Function:
 
     def _block(self, body: list[ast.stmt]) -> Iterator[tuple[tuple[int, int], _Site]]:
         for node in body:
-            if isinstance(node, ast.Raise | ast.Assert | ast.FunctionDef | ast.Import | ast.ImportFrom):
+            if isinstance(node, ast.Raise | ast.Assert | ast.FunctionDef | ast.Import | ast.ImportFrom) or _only_speed(
+                node
+            ):
                 continue
             if isinstance(node, ast.If):
-                if all(isinstance(n, ast.Raise) for n in node.body):
+                if all(isinstance(n, ast.Raise) or _only_speed(n) for n in node.body):
                     continue
                 at = (node.lineno, node.test.end_lineno or node.lineno)
                 if self._jit or not node.orelse:
@@ -288,6 +307,19 @@ class _Function:
     def _text(self, node: ast.AST) -> str:
         start, end = _span(self._starts, node)
         return self._source[start:end].decode()
+
+
+def _only_speed(node: ast.stmt) -> bool:
+    """Whether a statement is a hint, sets launch options alone, or asks whether dependent launch is supported."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return any(isinstance(t, ast.Name) and t.id in _PDL for t in targets)
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        return False
+    call = node.value
+    if _name(call.func) == "update" and len(call.args) == 1 and isinstance(call.args[0], ast.Dict):
+        return all(isinstance(key, ast.Constant) and key.value in _SPEED for key in call.args[0].keys)
+    return _name(call.func) in _HINTS
 
 
 class _Tail(ast.AST):
