@@ -1,6 +1,7 @@
 """The hardware targets: one row each, with what a kernel may use there and how precisely it multiplies.
 
-Figures that no vendor publishes say so; where nothing is known the conservative value stands.
+Every figure has a source (`m3check archs --explain ARCH`). Figures that nobody has published say so; where nothing is known
+the conservative value stands: the one that forgives more.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,14 +21,22 @@ class Accumulator:
     """How a matrix product was summed, which decides how far correct arithmetic may be off.
 
     `fraction_bits` None is fp32 arithmetic with a rounding at every addition, in any order; otherwise `inner` products at a
-    time are aligned to the largest addend, cut to `fraction_bits` and added to the accumulator. `operand_bits` is the
-    significand that operands are rounded to on the way in (11 for TF32), None where they enter unchanged.
+    time and the accumulator are aligned to the largest of them, cut to `fraction_bits` below its exponent, added, and the
+    sum is brought to `output_bits` fraction bits: cut, or rounded to nearest. `operand_bits` is the significand that
+    operands are cut to on the way in (11 for TF32), None where they enter unchanged.
     """
 
     fraction_bits: int | None = None
     inner: int = 1
     operand_bits: int | None = None
     origin: str = "fp32"
+    output_bits: int = 23
+    nearest: bool = False
+
+    @property
+    def precision(self) -> tuple[int, int]:
+        """What orders accumulators from the coarsest to the finest: significands of operands, then bits of the sum."""
+        return self.operand_bits or 24, self.fraction_bits or 24
 
 
 FP32 = Accumulator()
@@ -37,85 +46,166 @@ FP32 = Accumulator()
 class Mma:
     """How one kind of matrix instruction adds up (see Accumulator), by the operands it multiplies."""
 
-    instruction: str  # how it begins in PTX or amdgcn assembly
-    operands: str  # 16 (bf16 and fp16), tf32, fp8
+    instruction: str  # how it begins in PTX or amdgcn assembly: mma, wgmma, tcgen05, v_mfma
+    operands: str  # 16 (bf16 and fp16), tf32, fp32, fp8
     accumulator: Accumulator
     source: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arch:
-    """One hardware target."""
+    """One hardware target. Sizes are in bytes, registers are 32 bits wide."""
 
     name: str
     vendor: Literal["nvidia", "amd"]
-    capability: tuple[int, int]  # CUDA compute capability; of gfx942 it is (9, 4)
+    capability: tuple[int, int]
+    """CUDA compute capability; of gfx942 it is (9, 4)."""
     product: str
-    shared_memory: int  # bytes that one block may use
+    shared_memory: int
+    """What one block may use."""
+    shared_memory_unit: int
+    """What the blocks of one multiprocessor (compute unit) share."""
+    registers: int
+    """Of one thread, at most."""
+    registers_unit: int
+    """Of one multiprocessor."""
     warp_size: int
-    fp8: frozenset[str]  # fp8 dtypes that Triton compiles for it
-    pdl: bool  # programmatic dependent launch
-    mma: tuple[Mma, ...] = ()
-    registers: int = 255  # 32-bit registers of a thread
-    sources: Mapping[str, str] = field(default_factory=dict)
+    warps: int
+    """Resident on one multiprocessor, at most."""
+    blocks: int
+    """Likewise."""
+    fp8: frozenset[str]
+    """fp8 dtypes that Triton compiles for it; bf16, fp16 and fp32 compile everywhere."""
+    fp8_native: frozenset[str]
+    """fp8 dtypes that its matrix instructions multiply; others are widened first."""
+    pdl: bool
+    """Programmatic dependent launch."""
+    mma: tuple[Mma, ...]
+    sources: Mapping[str, str]
+
+    def rows(self, operands: str, instruction: str = "") -> list[Mma]:
+        """The matrix instructions for such operands; where none has that name, every one that could be meant.
+
+        A target without fp8 instructions widens fp8 operands to 16 bits.
+        """
+        fitting = [m for m in self.mma if m.operands == operands] or [m for m in self.mma if m.operands == "16"]
+        named = [m for m in fitting if instruction and instruction.startswith(m.instruction)]
+        return named or fitting
 
     def accumulator(self, operands: str, instruction: str = "") -> Accumulator:
         """The least precise accumulator of this target for such operands (of such an instruction, where it is known)."""
-        rows = [
-            m for m in self.mma if m.operands == operands and (not instruction or instruction.startswith(m.instruction))
-        ]
-        return min((m.accumulator for m in rows), key=lambda a: a.fraction_bits or 24, default=FP32)
+        return min((m.accumulator for m in self.rows(operands, instruction)), key=lambda a: a.precision)
+
+    def kind(self, dtype: str) -> str:
+        """The operand kind of a dtype's word: 16, fp8, and for fp32 the least precise that a kernel may use here."""
+        if dtype == "fp32":
+            return "tf32" if self.vendor == "nvidia" else "fp32"
+        return "fp8" if dtype.startswith("fp8") else "16"
 
 
-_GUIDE = "CUDA C++ Programming Guide, table of technical specifications by compute capability"
-_MODELS = "Khattak & Mikaitis, Accurate Models of NVIDIA Tensor Cores, arXiv 2512.07004"
-_FP22 = "SageAttention2, arXiv 2411.10958: fp8 products on Ada and Hopper are summed in 1 + 8 + 13 bits"
-_UNPUBLISHED = "not published; conservative: as few fraction bits as any neighbour has"
+# Sources.
+
+_GUIDE = "CUDA Programming Guide 13, compute capabilities, tables 30 and 31"
+_ROCM = "ROCm documentation, AMD GPU specifications (LDS, VGPR file, wavefront size)"
+_LLVM = "LLVM, AMDGPU target: AddressableLocalMemorySize, 512 VGPRs and AGPRs of a lane, 8 waves on each of 4 SIMDs"
 _TRITON = "Triton 3.8.0, supported_fp8_dtypes of its backend"
-_CDNA = "AMD Instinct CDNA instruction set architecture, local data share size"
+_TYPES = "CUDA Programming Guide 13, compute capabilities, table 33 (tensor core data types)"
+_PDL = "CUDA Programming Guide 13: programmatic dependent launch needs compute capability 9.0"
+_CDNA = "AMD Instinct CDNA3 and CDNA4 ISA references: MFMA takes fnuz formats on CDNA3, OCP formats on CDNA4"
+_MODELS = "Khattak & Mikaitis, arXiv 2512.07004, with the authors' models ({}, bit-accurate)"
+_SIM = "Xie et al., MMA-Sim, arXiv 2511.10909, with the authors' simulator ({}, bit-accurate)"
+_FP22 = "SageAttention2, arXiv 2411.10958 (1 + 8 + 13 bits)"
+_UNPUBLISHED = "not published; conservative: as few fraction bits as any published unit of its vendor's has"
+_UNPUBLISHED_FP8 = "not published; conservative: as few fraction bits as any published unit has (Ada and Hopper)"
 
 FN = frozenset({"fp8_e4m3fn", "fp8_e5m2"})
 FNUZ = frozenset({"fp8_e4m3fnuz", "fp8_e5m2fnuz"})
 
 
-def _bits(fraction: int, inner: int, origin: str, operand_bits: int | None = None) -> Accumulator:
-    return Accumulator(fraction, inner, operand_bits, origin)
+def _cut(instruction: str, operands: str, bits: int, inner: int, source: str, output_bits: int = 23) -> Mma:
+    """An NVIDIA instruction: alignment and result are cut toward zero."""
+    origin = f"{instruction} {operands}, {bits} fraction bits"
+    operand_bits = 11 if operands == "tf32" else None
+    return Mma(instruction, operands, Accumulator(bits, inner, operand_bits, origin, output_bits), source)
 
 
-def _tensor_cores(sixteen: str, fp8_bits: int | None, fp8_source: str, instruction: str = "") -> tuple[Mma, ...]:
-    """The usual three rows: 16-bit and TF32 operands keep at least fp32's 23 fraction bits, fp8 what its row says."""
-    rows = [
-        Mma(instruction, "16", _bits(23, 16, f"{instruction or 'mma'} 16-bit, at least 23 fraction bits"), sixteen),
-        Mma(instruction, "tf32", _bits(23, 8, f"{instruction or 'mma'} tf32, at least 23 fraction bits", 11), sixteen),
-    ]
-    if fp8_bits is not None:
-        origin = f"{instruction or 'mma'} fp8, {fp8_bits} fraction bits"
-        rows.append(Mma(instruction, "fp8", _bits(fp8_bits, 32, origin), fp8_source))
-    return tuple(rows)
+def _both(models: str, sim: str) -> str:
+    return f"{_MODELS.format(models)}; {_SIM.format(sim)}"
+
+
+_AMPERE = _both("A100", "Ampere")
+_ADA = _both("L40S", "Ada Lovelace")
+_HOPPER = _both("H100, H200", "Hopper")
+_BLACKWELL = _both("B200", "Blackwell")
+_RTX = _both("RTX PRO 6000", "RTX Blackwell")
+_MI300 = f"{_MODELS.format('CDNA3')}; {_SIM.format('CDNA3')}"
+
+
+def _mma(bits: int, inner: int, source: str, instruction: str = "mma") -> tuple[Mma, ...]:
+    """16-bit and TF32 operands; TF32 steps are half as long."""
+    return _cut(instruction, "16", bits, inner, source), _cut(instruction, "tf32", bits, inner // 2, source)
+
+
+def _mfma(operands: str, bits: int, inner: int, source: str, operand_bits: int | None = None) -> Mma:
+    """An AMD instruction: alignment is cut, the result rounded to nearest."""
+    origin = f"v_mfma {operands}, {bits} fraction bits"
+    return Mma("v_mfma", operands, Accumulator(bits, inner, operand_bits, origin, nearest=True), source)
+
+
+_FMA = Mma("v_mfma", "fp32", replace(FP32, origin="v_mfma fp32, a chain of fused multiply-adds"), _MI300)
+
+
+def _nvidia(name: str, capability: tuple[int, int], product: str, shared: int, warps: int, blocks: int,
+            mma: tuple[Mma, ...], native: frozenset[str] = FN, pdl: bool = True) -> Arch:  # fmt: skip
+    """A row of NVIDIA's tables; `shared` in KB for a multiprocessor, of which one block may use all but one."""
+    return Arch(
+        name=name, vendor="nvidia", capability=capability, product=product,
+        shared_memory=(shared - 1) * 1024, shared_memory_unit=shared * 1024, registers=255, registers_unit=65_536,
+        warp_size=32, warps=warps, blocks=blocks, fp8=native or frozenset({"fp8_e5m2"}), fp8_native=native, pdl=pdl,
+        mma=mma,
+        sources={"capability": _GUIDE, "shared_memory": _GUIDE, "registers": _GUIDE, "warp_size": _GUIDE, "warps": _GUIDE,
+                 "fp8": _TRITON, "fp8_native": _TYPES, "pdl": _PDL},
+    )  # fmt: skip
+
+
+def _amd(name: str, capability: tuple[int, int], product: str, shared: int, native: frozenset[str],
+         mma: tuple[Mma, ...]) -> Arch:  # fmt: skip
+    """A CDNA row; a workgroup may use the whole LDS of its compute unit."""
+    return Arch(
+        name=name, vendor="amd", capability=capability, product=product,
+        shared_memory=shared * 1024, shared_memory_unit=shared * 1024, registers=512, registers_unit=4 * 512 * 64,
+        warp_size=64, warps=32, blocks=32, fp8=FN | FNUZ, fp8_native=native, pdl=False, mma=mma,
+        sources={"capability": "the target's own name", "shared_memory": f"{_ROCM}; {_LLVM}",
+                 "registers": f"{_ROCM}; {_LLVM}", "warp_size": _ROCM, "warps": _LLVM, "fp8": _TRITON, "fp8_native": _CDNA,
+                 "pdl": "ROCm has no such launch attribute"},
+    )  # fmt: skip
 
 
 ARCHS: Mapping[str, Arch] = {
     arch.name: arch
     for arch in (
-        Arch("sm80", "nvidia", (8, 0), "A100", 166_912, 32, frozenset({"fp8_e5m2"}), False,
-             _tensor_cores(_MODELS, None, ""), sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("sm89", "nvidia", (8, 9), "L40S, RTX 4090", 101_376, 32, FN, False,
-             _tensor_cores(_UNPUBLISHED, 13, _FP22), sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("sm90", "nvidia", (9, 0), "H100, H200", 232_448, 32, FN, True,
-             _tensor_cores(_MODELS, 13, _FP22, "wgmma") + _tensor_cores(_MODELS, 13, _FP22, "mma"),
-             sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("sm100", "nvidia", (10, 0), "B200", 232_448, 32, FN, True,
-             _tensor_cores(_MODELS, 23, _MODELS), sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("sm103", "nvidia", (10, 3), "B300", 232_448, 32, FN, True,
-             _tensor_cores(_UNPUBLISHED, 13, _UNPUBLISHED), sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("sm120", "nvidia", (12, 0), "RTX 5090, RTX PRO 6000", 101_376, 32, FN, True,
-             _tensor_cores(_UNPUBLISHED, 13, _UNPUBLISHED), sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("sm121", "nvidia", (12, 1), "GB10", 101_376, 32, FN, True,
-             _tensor_cores(_UNPUBLISHED, 13, _UNPUBLISHED), sources={"shared_memory": _GUIDE, "fp8": _TRITON}),
-        Arch("gfx942", "amd", (9, 4), "MI300X, MI325X", 65_536, 64, FN | FNUZ, False,
-             _tensor_cores(_UNPUBLISHED, 13, _UNPUBLISHED, "v_mfma"), 512, {"shared_memory": _CDNA, "fp8": _TRITON}),
-        Arch("gfx950", "amd", (9, 5), "MI350X, MI355X", 163_840, 64, FN | FNUZ, False,
-             _tensor_cores(_UNPUBLISHED, 13, _UNPUBLISHED, "v_mfma"), 512, {"shared_memory": _CDNA, "fp8": _TRITON}),
+        _nvidia("sm80", (8, 0), "A100", 164, 64, 32, _mma(24, 8, _AMPERE), frozenset(), pdl=False),
+        _nvidia("sm89", (8, 9), "L40S, RTX 4090", 100, 48, 24,
+                (*_mma(24, 8, _ADA), _cut("mma", "fp8", 13, 16, f"{_ADA}; {_FP22}", 13)), pdl=False),
+        _nvidia("sm90", (9, 0), "H100, H200", 228, 64, 32,
+                (*_mma(25, 16, _HOPPER, "wgmma"), _cut("wgmma", "fp8", 13, 32, f"{_HOPPER}; {_FP22}", 13),
+                 *_mma(25, 16, _HOPPER), _cut("mma", "fp8", 13, 32, _MODELS.format("H100, H200"), 13))),
+        _nvidia("sm100", (10, 0), "B200", 228, 64, 32,
+                (*_mma(25, 16, _BLACKWELL, "tcgen05"), _cut("tcgen05", "fp8", 25, 32, _BLACKWELL),
+                 *_mma(25, 16, _BLACKWELL), _cut("mma", "fp8", 25, 32, _MODELS.format("B200")))),
+        _nvidia("sm103", (10, 3), "B300", 228, 64, 32,
+                (*_mma(23, 16, _UNPUBLISHED, "tcgen05"), _cut("tcgen05", "fp8", 13, 32, _UNPUBLISHED_FP8, 13),
+                 *_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
+        _nvidia("sm120", (12, 0), "RTX 5090, RTX PRO 6000", 100, 48, 24,
+                (*_mma(25, 16, _RTX), _cut("mma", "fp8", 25, 32, _RTX))),
+        _nvidia("sm121", (12, 1), "GB10", 100, 48, 24,
+                (*_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
+        _amd("gfx942", (9, 4), "MI300X, MI325X", 64, FNUZ,
+             # fp8: even and odd products are aligned apart and then together, three cuts of 24 bits: 23 in a bound for one
+             (_mfma("16", 24, 8, _MI300), _mfma("tf32", 24, 4, _MI300, 11), _mfma("fp8", 23, 16, _MI300), _FMA)),
+        _amd("gfx950", (9, 5), "MI350X, MI355X", 160, FN,
+             (_mfma("16", 23, 16, _UNPUBLISHED), _mfma("fp8", 13, 32, _UNPUBLISHED_FP8),
+              replace(_FMA, source="not published for CDNA4; fp32 with a rounding at every addition, in any order"))),
     )
 }  # fmt: skip
 

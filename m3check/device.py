@@ -30,16 +30,16 @@ class Launches:
         if not self.triton:
             return arch.accumulator(default_operands)
         rows = [arch.accumulator(operands_of(name), name) for name in sorted(self.instructions)]
-        return min(rows, key=lambda row: (row.fraction_bits or 24, row.operand_bits or 24), default=FP32)
+        return min(rows, key=lambda row: row.precision, default=FP32)
 
 
 def operands_of(instruction: str) -> str:
-    """The operand kind of a matrix instruction: `fp8`, `tf32` or `16`."""
-    if re.search(r"e4m3|e5m2|fp8|bf8", instruction):
+    """The operand kind of a matrix instruction: `fp8`, `tf32`, `fp32` or `16`."""
+    if re.search(r"e4m3|e5m2|fp8|bf8|f8f6f4", instruction):
         return "fp8"
     if "tf32" in instruction or "xf32" in instruction:
         return "tf32"
-    return "16"
+    return "fp32" if re.match(r"v_mfma_f32_\d+x\d+x\d+_?(\d+b_)?f32$", instruction) else "16"
 
 
 _seen: dict[int, tuple[object, frozenset[str]]] = {}

@@ -4,62 +4,104 @@ from __future__ import annotations
 
 import argparse
 
-from m3check.arch import ARCHS, Arch, present
+from m3check.arch import ARCHS, Accumulator, Arch, present
 from m3check.commands.talk import emit
 from m3check.config import choose
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print all targets in a table, or one with its sources."""
+    """Print all targets in a table, or one in full: what each figure means and where it is from, what production runs."""
     from tabulate import tabulate
 
     here = {name for _, name in present()}
-    if arguments.explain is not None:
-        choose("arch", arguments.explain, ARCHS)
-        rows = _explained(ARCHS[arguments.explain], arguments.explain in here)
-        emit(tabulate(rows, headers=["what", "value", "source"], tablefmt="plain", disable_numparse=True))
+    if arguments.explain is None:
+        rows = [(*_row(arch), "yes" if arch.name in here else "") for arch in ARCHS.values()]
+        headers = ["arch", "product", "shared memory", "registers", "warps", "fp8 compiles", "fp8 native", "PDL",
+                   "sums of 16-bit", "sums of fp8", "here"]  # fmt: skip
+        emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
         return 0
-    rows = [(*_row(arch), "yes" if arch.name in here else "") for arch in ARCHS.values()]
-    headers = ["arch", "product", "shared memory", "registers", "warp", "fp8", "PDL", "fp8 accumulator", "here"]
-    emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
+    choose("arch", arguments.explain, ARCHS)
+    arch = ARCHS[arguments.explain]
+    figures = _figures(arch, arch.name in here)
+    emit(tabulate(figures, headers=["figure", "value", "what it means", "source"], tablefmt="plain", disable_numparse=True))
     return 0
 
 
 def _row(arch: Arch) -> tuple[str, ...]:
-    fp8 = arch.accumulator("fp8")
-    has_fp8 = any(row.operands == "fp8" for row in arch.mma)
-    bits = f"{fp8.fraction_bits} fraction bits" if has_fp8 else "no fp8 MMA"
+    native = _dtypes(arch.fp8_native)
     return (
         arch.name,
         arch.product,
         f"{arch.shared_memory // 1024} KB",
         str(arch.registers),
-        str(arch.warp_size),
-        " ".join(sorted(word.removeprefix("fp8_") for word in arch.fp8)),
+        f"{arch.warps} × {arch.warp_size}",
+        _dtypes(arch.fp8),
+        native or "none",
         "yes" if arch.pdl else "",
-        bits,
+        _bits(arch, "16"),
+        _bits(arch, "fp8") if native else "as 16-bit",
     )
 
 
-def _explained(arch: Arch, here: bool) -> list[tuple[str, ...]]:
-    def source(field: str) -> str:
-        return arch.sources.get(field, "")
+def _dtypes(names: frozenset[str]) -> str:
+    return " ".join(sorted(word.removeprefix("fp8_") for word in names))
 
-    rows: list[tuple[str, ...]] = [
-        ("arch", arch.name, ""),
-        ("vendor", arch.vendor, ""),
-        ("products", arch.product, ""),
-        ("on this machine", "yes" if here else "no", "the driver"),
-        ("capability", f"{arch.capability[0]}.{arch.capability[1]}", source("capability")),
-        ("shared memory of a block", f"{arch.shared_memory} bytes", source("shared_memory")),
-        ("registers of a thread", str(arch.registers), source("registers")),
-        ("warp size", str(arch.warp_size), source("warp_size")),
-        ("fp8 dtypes that compile", ", ".join(sorted(arch.fp8)), source("fp8")),
-        ("programmatic dependent launch", "yes" if arch.pdl else "no", source("pdl")),
+
+def _bits(arch: Arch, operands: str) -> str:
+    """Fraction bits by instruction: `wgmma 13, mma 13`, in one word where all are alike."""
+    told = {row.instruction: row.accumulator.fraction_bits for row in arch.rows(operands)}
+    if len(set(told.values())) == 1:
+        return f"{next(iter(told.values()))} bits"
+    return ", ".join(f"{name} {bits}" for name, bits in told.items())
+
+
+def _figures(arch: Arch, here: bool) -> list[tuple[str, str, str, str]]:
+    """(figure, value, meaning, source) of one target."""
+    source = arch.sources
+    smallest = arch.shared_memory_unit
+    rows = [
+        ("arch", arch.name, f"{arch.vendor}: {arch.product}", ""),
+        ("here", "yes" if here else "no", "whether this machine has one", "the driver of this machine"),
+        ("capability", ".".join(map(str, arch.capability)), "what kernels ask the platform for", source["capability"]),
+        (
+            "shared memory",
+            f"{arch.shared_memory} bytes",
+            "one block may use; more does not launch",
+            source["shared_memory"],
+        ),
+        ("  of a multiprocessor", f"{smallest} bytes", "all its resident blocks together", source["shared_memory"]),
+        ("registers", str(arch.registers), "32-bit, of one thread; more spill to memory", source["registers"]),
+        ("  of a multiprocessor", str(arch.registers_unit), "all its resident threads together", source["registers"]),
+        ("warp", str(arch.warp_size), "threads that step together", source["warp_size"]),
+        ("warps", str(arch.warps), "resident on a multiprocessor, at most", source["warps"]),
+        (
+            "fp8 that compiles",
+            _dtypes(arch.fp8),
+            "a case in another dtype is skipped; bf16, fp16, fp32 compile",
+            source["fp8"],
+        ),
+        (
+            "fp8 native",
+            _dtypes(arch.fp8_native) or "none",
+            "multiplied as they are; others are widened",
+            source["fp8_native"],
+        ),
+        ("PDL", "yes" if arch.pdl else "no", "programmatic dependent launch", source["pdl"]),
     ]
-    for row in arch.mma:
-        sums = row.accumulator
-        value = f"{sums.inner} products a step, {sums.fraction_bits} fraction bits"
-        value += f", operands rounded to {sums.operand_bits} bits" if sums.operand_bits else ""
-        rows.append((f"{row.instruction or 'MMA'} {row.operands}", value, row.source))
-    return rows
+    return rows + [
+        (f"{row.instruction} {row.operands}", _value(row.accumulator), _meaning(row.accumulator), row.source)
+        for row in arch.mma
+    ]
+
+
+def _value(sums: Accumulator) -> str:
+    return "fp32" if sums.fraction_bits is None else f"{sums.fraction_bits} fraction bits, {sums.inner} products a step"
+
+
+def _meaning(sums: Accumulator) -> str:
+    if sums.fraction_bits is None:
+        return "a rounding to nearest at every addition, in any order"
+    words = (
+        f"what lies below is cut; the sum is {'rounded to nearest' if sums.nearest else 'cut'} to {sums.output_bits} bits"
+    )
+    return words + (f"; operands are cut to {sums.operand_bits} significand bits" if sums.operand_bits else "")

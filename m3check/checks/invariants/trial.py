@@ -105,11 +105,7 @@ def coarsest(runs: Sequence[Run]) -> tuple[Accumulator, Accumulator] | None:
     if not said:
         return None
     dots, pvs = zip(*said, strict=True)
-
-    def bits(how: Accumulator) -> tuple[int, int]:
-        return how.fraction_bits or 24, how.operand_bits or 24
-
-    return min(dots, key=bits), min(pvs, key=bits)
+    return min(dots, key=lambda how: how.precision), min(pvs, key=lambda how: how.precision)
 
 
 def damage(run: Run) -> Finding | None:
