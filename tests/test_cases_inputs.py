@@ -1,6 +1,7 @@
 """Inputs come from the id alone, the same bits everywhere, and each fill keeps what its first line promises."""
 
 import hashlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -172,6 +173,17 @@ def test_wide_logits_stay_below_a_thousand(scale):
     logits = torch.einsum("thgd,nhd->thgn", inputs.q.double().view(4, 2, 4, 128), k) * inputs.sm_scale
     assert logits.abs().max() < 1e3
     assert logits.std() > 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp8_e4m3fn", "fp8_e5m2", "fp8_e4m3fnuz"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sunk_logits_lie_far_below_zero_and_still_differ(dtype, dim):
+    query = dtype if not is_fp8(dtype) else "bf16"
+    inputs = make_inputs(parse_id(f"sparse_attn_decode/q=4,kv=1024,h=2,g=4,d={dim},dtype={query},cache={dtype},fill=sunk"))
+    q, k = inputs.q.double().view(4, 2, 4, dim), inputs.k.double()
+    logits = torch.einsum("thgd,nhd->thgn", q, k) * inputs.sm_scale
+    assert logits.max() < -150 * math.log(2)  # exp underflows to zero in fp32, subnormals included
+    assert 0.5 < logits.std() < 2
 
 
 def test_gauss_scores_have_no_ties_and_minus_infinity_where_nothing_is_visible():

@@ -138,6 +138,21 @@ def wide(draw: Draw) -> Tensor:
     return values
 
 
+DEPTH = 56.0
+"""In one channel of every attention query, and below zero in that of every key; every float dtype holds it exactly."""
+
+
+def sunk(draw: Draw) -> Tensor:
+    """N(0, 1) but for one channel, which sinks all logits of attention below -100 nats: 0 is no floor for their maximum."""
+    import torch
+
+    values = gauss(draw)
+    if draw.role in ("q", "k"):
+        depth = torch.tensor(DEPTH if draw.role == "q" else -DEPTH).to(values.dtype)
+        _words(values)[..., 0] = _words(depth.to(values.device))
+    return values
+
+
 def ties(draw: Draw) -> Tensor:
     """Exact ties: blocks (index keys), scores, or tokens (attention keys) that score the same, in kinds by head and row."""
     if draw.role == "scores":
@@ -258,6 +273,7 @@ FILLS: Mapping[str, Fill] = {
     "integer": Fill("integer", integer),
     "wide": Fill("wide", wide),
     "ties": Fill("ties", ties),
+    "sunk": Fill("sunk", sunk, probes.attends_unscaled),
     "membership": Fill("membership", probes.membership, probes.attends_unscaled),
     "needle": Fill("needle", probes.needle, probes.attends),
     "two_keys": Fill("two_keys", probes.two_keys, probes.attends_unscaled),
