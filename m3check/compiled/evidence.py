@@ -1,0 +1,78 @@
+"""One case by compiled evidence: its launches captured, each variant compiled for the target, and the findings."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m3check.arch import Arch
+from m3check.types import DTYPES, OPS, Case, Finding, Kernel, M3CheckError, Status
+
+if TYPE_CHECKING:
+    from m3check.compiled.build import Built
+    from m3check.compiled.capture import Launch
+
+
+class NothingToCompile(M3CheckError):
+    """A kernel that launches nothing of Triton's, or whose fp8 dtype this Triton does not have on the target."""
+
+
+def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Callable[[bool], None]) -> list[Finding]:
+    """What compiling a case's launches shows. Raises NothingToCompile with the sentence why there is nothing to say.
+
+    With `sweep`, lengths and batch sizes are varied too, and variants counted.
+    """
+    from m3check.compiled import build, target
+    from m3check.compiled import sweep as sweeping
+    from m3check.compiled.findings import judge
+
+    launches, raised = launches_of(case, kernel)
+    if not launches and not raised:
+        raise NothingToCompile(f"{kernel.name} launches no Triton kernel, so there is nothing to compile")
+    wanted = [candidate for launch in launches for candidate in launch.candidates]
+    outcomes = dict(zip(map(id, wanted), build.build_all(wanted, target.gpu_target(arch), compiling), strict=True))
+    for outcome in outcomes.values():
+        missing = missing_dialect(case, arch, outcome)
+        if missing:
+            raise NothingToCompile(missing)
+    found = judge(launches, outcomes, arch, case)
+    if raised:
+        found.append(Finding("captured", Status.INCONCLUSIVE, hint=raised))
+    elif sweep:
+        found += sweeping.storms(case, lambda other: launches_of(other, kernel)[0])
+    return found
+
+
+def launches_of(case: Case, kernel: Kernel) -> tuple[Sequence[Launch], str]:
+    """The launches of a case, and the sentence of what its wrapper raised after them: captured kernels compute nothing."""
+    from m3check import cases
+    from m3check.compiled.capture import capturing
+    from m3check.kernels import contract
+
+    inputs = cases.make_inputs(case)
+    raised = ""
+    with capturing() as launches:
+        try:
+            contract.call(kernel, inputs)
+        except Exception as error:
+            own = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages/t" not in f.filename]
+            place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+            text = " ".join(str(error).split())[:200]
+            raised = (
+                f"{kernel.name} raised after {len(launches)} captured launches, which compute nothing: "
+                f"{type(error).__name__}: {text}{place}"
+            )
+    return launches, raised
+
+
+def missing_dialect(case: Case, arch: Arch, outcome: Built) -> str:
+    """The sentence that Triton has no such fp8 type on the target, where that is why a variant does not compile."""
+    if outcome.figures is not None or "not supported in this architecture" not in outcome.error:
+        return ""
+    words = [case.dtype, case.cache_dtype, *([case.index_cache_dtype] if OPS[case.op].chain else [])]
+    for word in words:
+        if word in DTYPES and word.startswith("fp8") and word not in arch.fp8:
+            return f"Triton compiles no {word} for {arch.name}, only {', '.join(sorted(arch.fp8))}"
+    return ""
