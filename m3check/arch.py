@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from m3check.types import M3CheckError
 
@@ -40,6 +40,14 @@ class Accumulator:
 
 
 FP32 = Accumulator()
+
+
+class Arithmetic(NamedTuple):
+    """How one call summed: block scores, the logits of attention, and the weights times the values."""
+
+    score: Accumulator = FP32
+    dot: Accumulator = FP32
+    pv: Accumulator = FP32
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,15 @@ class Arch:
         return "fp8" if dtype.startswith("fp8") else "16"
 
 
+def operands_of(instruction: str) -> str:
+    """The operand kind of a matrix instruction: `fp8`, `tf32`, `fp32` or `16`."""
+    if re.search(r"e4m3|e5m2|fp8|bf8|f8f6f4", instruction):
+        return "fp8"
+    if "tf32" in instruction or "xf32" in instruction:
+        return "tf32"
+    return "fp32" if re.match(r"v_mfma_f32_\d+x\d+x\d+_?(\d+b_)?f32$", instruction) else "16"
+
+
 # Sources.
 
 _GUIDE = "CUDA Programming Guide 13, compute capabilities, tables 30 and 31"
@@ -155,8 +172,8 @@ def _mfma(operands: str, bits: int, inner: int, source: str, operand_bits: int |
 _FMA = Mma("v_mfma", "fp32", replace(FP32, origin="v_mfma fp32, a chain of fused multiply-adds"), _MI300)
 
 
-def _nvidia(name: str, capability: tuple[int, int], product: str, shared: int, warps: int, blocks: int,
-            mma: tuple[Mma, ...], native: frozenset[str] = FN, pdl: bool = True) -> Arch:  # fmt: skip
+def _sm(name: str, capability: tuple[int, int], product: str, shared: int, warps: int, blocks: int,
+        mma: tuple[Mma, ...], native: frozenset[str] = FN, pdl: bool = True) -> Arch:  # fmt: skip
     """A row of NVIDIA's tables; `shared` in KB for a multiprocessor, of which one block may use all but one."""
     return Arch(
         name=name, vendor="nvidia", capability=capability, product=product,
@@ -168,7 +185,7 @@ def _nvidia(name: str, capability: tuple[int, int], product: str, shared: int, w
     )  # fmt: skip
 
 
-def _amd(name: str, capability: tuple[int, int], product: str, shared: int, native: frozenset[str],
+def _gfx(name: str, capability: tuple[int, int], product: str, shared: int, native: frozenset[str],
          mma: tuple[Mma, ...]) -> Arch:  # fmt: skip
     """A CDNA row; a workgroup may use the whole LDS of its compute unit."""
     return Arch(
@@ -184,28 +201,28 @@ def _amd(name: str, capability: tuple[int, int], product: str, shared: int, nati
 ARCHS: Mapping[str, Arch] = {
     arch.name: arch
     for arch in (
-        _nvidia("sm80", (8, 0), "A100", 164, 64, 32, _mma(24, 8, _AMPERE), frozenset(), pdl=False),
-        _nvidia("sm89", (8, 9), "L40S, RTX 4090", 100, 48, 24,
-                (*_mma(24, 8, _ADA), _cut("mma", "fp8", 13, 16, f"{_ADA}; {_FP22}", 13)), pdl=False),
-        _nvidia("sm90", (9, 0), "H100, H200", 228, 64, 32,
-                (*_mma(25, 16, _HOPPER, "wgmma"), _cut("wgmma", "fp8", 13, 32, f"{_HOPPER}; {_FP22}", 13),
-                 *_mma(25, 16, _HOPPER), _cut("mma", "fp8", 13, 32, _MODELS.format("H100, H200"), 13))),
-        _nvidia("sm100", (10, 0), "B200", 228, 64, 32,
-                (*_mma(25, 16, _BLACKWELL, "tcgen05"), _cut("tcgen05", "fp8", 25, 32, _BLACKWELL),
-                 *_mma(25, 16, _BLACKWELL), _cut("mma", "fp8", 25, 32, _MODELS.format("B200")))),
-        _nvidia("sm103", (10, 3), "B300", 228, 64, 32,
-                (*_mma(23, 16, _UNPUBLISHED, "tcgen05"), _cut("tcgen05", "fp8", 13, 32, _UNPUBLISHED_FP8, 13),
-                 *_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
-        _nvidia("sm120", (12, 0), "RTX 5090, RTX PRO 6000", 100, 48, 24,
-                (*_mma(25, 16, _RTX), _cut("mma", "fp8", 25, 32, _RTX))),
-        _nvidia("sm121", (12, 1), "GB10", 100, 48, 24,
-                (*_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
-        _amd("gfx942", (9, 4), "MI300X, MI325X", 64, FNUZ,
-             # fp8: even and odd products are aligned apart and then together, three cuts of 24 bits: 23 in a bound for one
-             (_mfma("16", 24, 8, _MI300), _mfma("tf32", 24, 4, _MI300, 11), _mfma("fp8", 23, 16, _MI300), _FMA)),
-        _amd("gfx950", (9, 5), "MI350X, MI355X", 160, FN,
-             (_mfma("16", 23, 16, _UNPUBLISHED), _mfma("fp8", 13, 32, _UNPUBLISHED_FP8),
-              replace(_FMA, source="not published for CDNA4; fp32 with a rounding at every addition, in any order"))),
+        _sm("sm80", (8, 0), "A100", 164, 64, 32, _mma(24, 8, _AMPERE), frozenset(), pdl=False),
+        _sm("sm89", (8, 9), "L40S, RTX 4090", 100, 48, 24,
+            (*_mma(24, 8, _ADA), _cut("mma", "fp8", 13, 16, f"{_ADA}; {_FP22}", 13)), pdl=False),
+        _sm("sm90", (9, 0), "H100, H200", 228, 64, 32,
+            (*_mma(25, 16, _HOPPER, "wgmma"), _cut("wgmma", "fp8", 13, 32, f"{_HOPPER}; {_FP22}", 13),
+             *_mma(25, 16, _HOPPER), _cut("mma", "fp8", 13, 32, _MODELS.format("H100, H200"), 13))),
+        _sm("sm100", (10, 0), "B200", 228, 64, 32,
+            (*_mma(25, 16, _BLACKWELL, "tcgen05"), _cut("tcgen05", "fp8", 25, 32, _BLACKWELL),
+             *_mma(25, 16, _BLACKWELL), _cut("mma", "fp8", 25, 32, _MODELS.format("B200")))),
+        _sm("sm103", (10, 3), "B300", 228, 64, 32,
+            (*_mma(23, 16, _UNPUBLISHED, "tcgen05"), _cut("tcgen05", "fp8", 13, 32, _UNPUBLISHED_FP8, 13),
+             *_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
+        _sm("sm120", (12, 0), "RTX 5090, RTX PRO 6000", 100, 48, 24,
+            (*_mma(25, 16, _RTX), _cut("mma", "fp8", 25, 32, _RTX))),
+        _sm("sm121", (12, 1), "GB10", 100, 48, 24,
+            (*_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
+        _gfx("gfx942", (9, 4), "MI300X, MI325X", 64, FNUZ,
+              # fp8: even and odd products are aligned apart and then together, three cuts of 24 bits: 23 in a bound for one
+              (_mfma("16", 24, 8, _MI300), _mfma("tf32", 24, 4, _MI300, 11), _mfma("fp8", 23, 16, _MI300), _FMA)),
+        _gfx("gfx950", (9, 5), "MI350X, MI355X", 160, FN,
+              (_mfma("16", 23, 16, _UNPUBLISHED), _mfma("fp8", 13, 32, _UNPUBLISHED_FP8),
+               replace(_FMA, source="not published for CDNA4; fp32 with a rounding at every addition, in any order"))),
     )
 }  # fmt: skip
 

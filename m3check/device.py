@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from m3check.arch import FP32, Accumulator, Arch
+from m3check.arch import FP32, Accumulator, Arch, operands_of
+from m3check.types import Kernel
 
 _INSTRUCTION = re.compile(r"\b(wgmma\.mma_async[\w.:]*|mma\.sync[\w.:]*|tcgen05\.mma[\w.:]*|v_mfma_\w+)")
 
 
 @dataclass
 class Launches:
-    """The compiled kernels that ran inside one `recording` block."""
+    """The compiled kernels that ran inside one `recording` block, by the op of a chain that launched them."""
 
-    triton: int = 0
-    instructions: set[str] = field(default_factory=set)
-    compiled: Callable[[bool], None] | None = None
+    instructions: dict[str, set[str]] = field(default_factory=dict)
+    """Of each op that launched a Triton kernel, the matrix instructions in the variants that ran."""
+    op: str = ""
+    """The op that is running."""
 
-    def accumulator(self, arch: Arch, default_operands: str) -> Accumulator:
-        """How the least precise product of the call was summed.
+    def following(self, kernel: Kernel) -> Kernel:
+        """The kernel, or the chain, whose launches are put down to its op from now on."""
+        if kernel.parts:
+            return replace(kernel, parts={op: self.following(part) for op, part in kernel.parts.items()})
 
-        Without any matrix instruction a Triton kernel multiplied in fp32. A call that launched no Triton kernel at all used
+        @functools.wraps(kernel.function)
+        def function(*args: Any, **keywords: Any) -> Any:
+            self.op = kernel.op
+            return kernel.function(*args, **keywords)
+
+        return replace(kernel, function=function)
+
+    def accumulator(self, op: str, arch: Arch, default_operands: str) -> Accumulator:
+        """How the least precise product of an op was summed.
+
+        Without any matrix instruction a Triton kernel multiplied in fp32. An op that launched no Triton kernel at all used
         a library, for which the target's own least precise row for `default_operands` stands.
         """
-        if not self.triton:
+        if op not in self.instructions:
             return arch.accumulator(default_operands)
-        rows = [arch.accumulator(operands_of(name), name) for name in sorted(self.instructions)]
+        rows = [arch.accumulator(operands_of(name), name) for name in sorted(self.instructions[op])]
         return min(rows, key=lambda row: row.precision, default=FP32)
-
-
-def operands_of(instruction: str) -> str:
-    """The operand kind of a matrix instruction: `fp8`, `tf32`, `fp32` or `16`."""
-    if re.search(r"e4m3|e5m2|fp8|bf8|f8f6f4", instruction):
-        return "fp8"
-    if "tf32" in instruction or "xf32" in instruction:
-        return "tf32"
-    return "fp32" if re.match(r"v_mfma_f32_\d+x\d+x\d+_?(\d+b_)?f32$", instruction) else "16"
 
 
 _seen: dict[int, tuple[object, frozenset[str]]] = {}
@@ -68,8 +74,7 @@ def recording() -> Iterator[Launches]:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         compiled = original(self, *args, **kwargs)
         if compiled is not None:
-            launches.triton += 1
-            launches.instructions |= _instructions(compiled)
+            launches.instructions.setdefault(launches.op, set()).update(_instructions(compiled))
         return compiled
 
     JITFunction.run = run

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from m3check import arena
-from m3check.arch import Accumulator
+from m3check.arch import Arithmetic
 from m3check.types import BLOCK, DTYPES, Case, Inputs, blocks
 
 Poison = Literal["nan", "garbage"]
@@ -184,8 +184,8 @@ class Run:
     """Cells that a returned tensor has past the logical shape, by output name."""
     accesses: list[Access] | None = None
     """Every misuse of memory that was seen; None where nobody looked, or no interpreted kernel was launched."""
-    arithmetic: tuple[Accumulator, Accumulator] | None = None
-    """How q·k and p·v were summed in this call; None where that is not known, as in a run put together from several."""
+    arithmetic: Arithmetic | None = None
+    """How this call summed; None where that is not known, as in a run put together from several."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from m3check import arch as arches
 from m3check import cases, invariants, kernels, power, rerun
-from m3check.arch import FP32, Accumulator, Arch
+from m3check.arch import Arch, Arithmetic
+from m3check.compiled import evidence as compiled
 from m3check.expression import matcher
 from m3check.types import (
     OPS,
@@ -198,14 +199,7 @@ def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -
 
     inputs = cases.make_inputs(case, session.device)
     run = call(kernel, inputs, session)
-    dot, pv = run.arithmetic or (FP32, FP32)
-    setting = checks.Setting(
-        profile=kernel.profile,
-        arch=session.arch,
-        evidence=session.evidence,
-        dot=dot,
-        pv=pv,
-    )
+    setting = _summed(checks.Setting(profile=kernel.profile, arch=session.arch, evidence=session.evidence), run)
     if any(access.misuse == "unwritten" for access in run.accesses or ()):
         again = call(kernel, inputs, session, World(poison="garbage"))
         accesses.weigh(View(OPS[case.op], inputs, run, {}, setting), again)
@@ -231,9 +225,7 @@ class Judge:
         rules: tuple[Rule, ...] = ("rounded", "folded") if inputs.k_scale is not None else ("rounded",)
         if self._setting.profile.dequantise != "either":
             rules = (self._setting.profile.dequantise,)
-        setting = self._setting
-        if run.arithmetic is not None:  # another route or shape may have been compiled to other instructions
-            setting = replace(setting, dot=run.arithmetic[0], pv=run.arithmetic[1])
+        setting = _summed(self._setting, run)  # another route or shape may have been compiled to other instructions
         best: list[Finding] | None = None
         for rule in rules:
             problem, expected = self._reference(inputs, rule)
@@ -274,14 +266,14 @@ def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None =
     def run() -> Run:
         if session.evidence != "device":
             result = contract.call(kernel, inputs, world, _observe(world))
-            result.arithmetic = FP32, FP32
+            result.arithmetic = Arithmetic()
             return result
         with device.recording() as launches:
-            result = contract.call(kernel, inputs, world)
+            result = contract.call(launches.following(kernel), inputs, world)
         import torch
 
         torch.cuda.synchronize(session.device)
-        result.arithmetic = _accumulators(inputs.case, launches, session)
+        result.arithmetic = _arithmetic(inputs.case, launches, session.arch)
         return result
 
     if world is not None and world.poison == "garbage":
@@ -322,11 +314,19 @@ def _where(error: BaseException) -> str:
     return f"{type(chain).__name__}: {text[:400]}{place}"
 
 
-def _accumulators(case: Case, launches: Launches, session: Session) -> tuple[Accumulator, Accumulator]:
-    """How q·k and p·v were summed on a device: by the matrix instructions that were emitted."""
-    operands = {"fp32": "tf32"}.get(case.dtype, "fp8" if case.dtype.startswith("fp8") else "16")
-    row = launches.accumulator(session.arch, operands)
-    return row, row
+def _arithmetic(case: Case, launches: Launches, arch: Arch) -> Arithmetic:
+    """How a call summed on a device: by the matrix instructions in the variants that ran, each op of a chain by its own."""
+    chain = OPS[case.op].chain or (case.op,)
+    queries = case.index_cache_dtype if OPS[case.op].chain and case.index_cache_dtype.startswith("fp8") else case.dtype
+    attended = launches.accumulator(chain[-1], arch, arch.kind(case.dtype))
+    return Arithmetic(launches.accumulator(chain[0], arch, arch.kind(queries)), attended, attended)
+
+
+def _summed(setting: checks.Setting, run: Run) -> checks.Setting:
+    """The setting with the arithmetic of a call, where that is known."""
+    if run.arithmetic is None:
+        return setting
+    return replace(setting, scoring=run.arithmetic.score, dot=run.arithmetic.dot, pv=run.arithmetic.pv)
 
 
 @contextmanager

@@ -417,8 +417,9 @@ def test_a_kernel_that_never_repeats_its_bits_is_held_to_the_bounds_everywhere()
 
 def test_two_outcomes_are_judged_by_the_less_precise_of_their_instructions():
     exact, short = arch.FP32, arch.Accumulator(13, 32)
-    runs = [paging.Run({}, arithmetic=(exact, short)), paging.Run({}), paging.Run({}, arithmetic=(short, exact))]
-    assert coarsest(runs) == (short, short)
+    both = [arch.Arithmetic(exact, exact, short), arch.Arithmetic(exact, short, exact)]
+    runs = [paging.Run({}, arithmetic=both[0]), paging.Run({}), paging.Run({}, arithmetic=both[1])]
+    assert coarsest(runs) == (exact, short, short)
     assert coarsest([runs[1]]) is None
 
 

@@ -66,7 +66,7 @@ def plain_scores(view: View) -> Tensor:
 def slack(view: View) -> Tensor:
     """`margins` of this result, made once."""
     if "slack" not in view.memo:
-        view.memo["slack"] = margins(view.problem, view.setting.dot, view.setting, view.device)
+        view.memo["slack"] = margins(view.problem, view.setting.scoring or view.setting.dot, view.setting, view.device)
     result: Tensor = view.memo["slack"]
     return result
 

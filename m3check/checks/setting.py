@@ -20,9 +20,11 @@ class Setting:
     evidence: Evidence
     arch: Arch | None = None
     dot: Accumulator = FP32
-    """How q·k was summed, in the index ops and in attention."""
+    """How q·k was summed."""
     pv: Accumulator = FP32
     """How the weights times the values were summed."""
+    scoring: Accumulator | None = None
+    """How block scores were summed, where it was not as in attention: a chain's index kernel may use fp8 instructions."""
     alarms: float = 0.01
     """Acceptable false alarms of a whole run, each test given the same share."""
     filled: bool = True

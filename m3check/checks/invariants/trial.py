@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3check.arch import Accumulator
+from m3check.arch import Arithmetic
 from m3check.checks import integrity
 from m3check.checks.rowkinds import dead_rows, promised_rows
 from m3check.checks.scores import visible_cells
@@ -42,8 +42,10 @@ class Trial:
     replay: Callable[[Sequence[Inputs], World], list[Run] | str] | None = None
     """Capture a graph on the first inputs and replay it on the others, which differ in contents and lengths only; or the
     sentence why it cannot be captured."""
-    launches: Callable[[Inputs, int], list[Run]] | None = None
-    """Many launches in flight at once, on two streams."""
+    launches: Callable[[Sequence[tuple[Inputs, World]], int], list[tuple[int, Run]]] | None = None
+    """Many launches in flight at once, a stream for each of some inputs; (which inputs, the run) of each launch."""
+    behind: Callable[[Inputs, int], list[Run]] | None = None
+    """Calls whose lengths and ids an earlier kernel writes while a dependent launch may already run."""
     without_dependent_launch: Callable[[Inputs], Run] | None = None
     repeats: bool | None = None
     """Whether a second call gave the same bits; None: nobody has tried."""
@@ -99,13 +101,12 @@ class Trial:
         return self.repeats
 
 
-def coarsest(runs: Sequence[Run]) -> tuple[Accumulator, Accumulator] | None:
-    """How the least precise of some runs summed q·k and p·v; None where none of them says."""
+def coarsest(runs: Sequence[Run]) -> Arithmetic | None:
+    """How the least precise of some runs summed; None where none of them says."""
     said = [run.arithmetic for run in runs if run.arithmetic is not None]
     if not said:
         return None
-    dots, pvs = zip(*said, strict=True)
-    return min(dots, key=lambda how: how.precision), min(pvs, key=lambda how: how.precision)
+    return Arithmetic(*(min(each, key=lambda how: how.precision) for each in zip(*said, strict=True)))
 
 
 def damage(run: Run) -> Finding | None:
