@@ -143,11 +143,14 @@ class Territory:
     """Bool over the first dimensions: cells that may be read; None for all. The others belong to nobody."""
     output: bool = False
     """Whether it may be written; then a cell may be read only after it was."""
+    fresh: bool = False
+    """Whether the kernel that is launched before may still be writing it: a dependent launch must wait first."""
 
 
-Misuse = Literal["outside", "unowned", "input", "unwritten", "race", "unordered"]
+Misuse = Literal["outside", "unowned", "input", "unwritten", "race", "unordered", "early"]
 """Of an access: beside every tensor; in a page that no request owns; a write into an input; a read of a cell that nothing
-wrote; a write where another program of the launch wrote another value; a read of what another program of it wrote."""
+wrote; a write where another program of the launch wrote another value; a read of what another program of it wrote; a read,
+by a dependent launch that has not waited, of what the launch before it wrote."""
 
 
 @dataclass(frozen=True)

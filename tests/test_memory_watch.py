@@ -69,6 +69,22 @@ def count_up(target):
 
 
 @triton.jit
+def fill(target, value):
+    tl.store(target + tl.program_id(0), value)
+
+
+@triton.jit
+def dependent(source, target, WAIT: tl.constexpr):
+    at = tl.program_id(0)
+    if WAIT == "first":
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(source + at)
+    if WAIT == "later":
+        tl.extra.cuda.gdc_wait()
+    tl.store(target + at, value)
+
+
+@triton.jit
 def rows(source, target, stride, width, N: tl.constexpr):
     at = tl.arange(0, N)
     row = tl.program_id(0)
@@ -154,6 +170,31 @@ def test_two_programs_that_write_different_values_to_one_address_race():
         all_the_same[(3,)](target, 5)
     assert [(a.misuse, a.where, a.program, a.count) for a in found] == [("race", "element 0", (1, 0, 0), 2)]
     assert found[0].line == line_of("tl.store(target, tl.program_id(0) * factor)")
+
+
+def early(wait, between=0, pdl=True, fresh=False):
+    """What is told of a launch that reads what the one before it, or `between` launches earlier, wrote."""
+    scratch, other, target = torch.empty(4), torch.empty(4), torch.empty(4)
+    known = Territory("scratch", scratch, fresh=True) if fresh else Territory("scratch", scratch, output=True)
+    with observed(known, Territory("other", other, output=True), Territory("target", target, output=True)) as found:
+        if not fresh:
+            fill[(4,)](scratch, 3.0)
+        for _ in range(between):
+            fill[(4,)](other, 1.0)
+        dependent[(4,)](scratch, target, wait, **({"launch_pdl": True} if pdl else {}))
+    return [(a.misuse, a.tensor, a.kernel, a.program, a.count) for a in found]
+
+
+@pytest.mark.parametrize("wait", ["later", "never"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_dependent_launch_reads_what_the_one_before_wrote_only_after_it_waited(wait, fresh):
+    assert early(wait, fresh=fresh) == [("early", "`scratch`", "dependent", (0, 0, 0), 4)]
+    assert early("first", fresh=fresh) == []
+
+
+def test_other_launches_need_not_wait():
+    assert early("never", pdl=False) == []  # it begins when the one before has ended
+    assert early("never", between=1) == []  # the launch in between has waited for it
 
 
 def test_what_another_program_of_the_launch_wrote_cannot_be_read():

@@ -18,6 +18,7 @@ WORDS = {  # in the order of gravity
     "input": "writes into an input",
     "race": "two programs of one launch write different values to one address",
     "unordered": "reads what another program of the same launch writes",
+    "early": "reads what the kernel before it writes, before it has waited for that kernel (programmatic dependent launch)",
     "unowned": "reads a page that no request owns",
     "unwritten": "reads what nothing has written",
 }

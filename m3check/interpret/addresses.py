@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter as base
 
-from m3check.interpret import memory
+from m3check.interpret import launch, memory
 from m3check.interpret.allocations import Allocations, source_line
 from m3check.interpret.regions import OWN, READ, WRITE, WRITTEN, Region, elements
 from m3check.paging import Access, Misuse, Observation, Territory
@@ -30,11 +30,13 @@ def observed(territories: Sequence[Territory]) -> Iterator[Observation]:
     watch = Watch(territories)
     seen = Observation()
     memory.watch(watch.access, watch.launch)
+    launch.waits.append(watch.waited)
     try:
         with Allocations(watch):
             yield seen
     finally:
         memory.unwatch(watch.access)
+        launch.waits.remove(watch.waited)
         seen.launches = watch.launches
         seen.accesses += watch.found.values()
 
@@ -50,6 +52,8 @@ class Watch:
         self.launches = 0
         self._atomics = False
         self._kernel = ""
+        self._dependent = False  # whether this launch may begin before the one before it has ended
+        self._waiting = 0  # the last program of it that has waited
         for territory in territories:
             self._grant(territory)
 
@@ -71,6 +75,8 @@ class Watch:
             rights = np.where(owned, rights, rights & ~READ).astype(np.uint8)
             rights = rights.reshape(*owned.shape, *[1] * (view.ndim - owned.ndim))
         view |= rights
+        if territory.fresh:
+            region.take_as_written(tensor, 0)
 
     def know(self, tensor: torch.Tensor, name: str, flags: int) -> Region:
         """The region of a tensor's storage, a new one with these flags where it was not known."""
@@ -104,8 +110,13 @@ class Watch:
                     self.know(tensor, f"the tensor passed as `{name}`", OWN | READ | WRITE | WRITTEN)
         self.launches += 1
         self._kernel, self._atomics = kernel, False
+        self._dependent, self._waiting = bool(arguments.get("launch_pdl")), 0
         with _disable_current_modes():
             yield
+
+    def waited(self) -> None:
+        """The program that runs has waited for the launch before its own."""
+        self._waiting = self._program()
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
@@ -156,6 +167,10 @@ class Watch:
         if np.bitwise_and.reduce(flags) & need != need:
             self._misused(region, cells, flags, kind)
         program = self._program()
+        if self._dependent and kind != "store" and self._waiting != program:
+            early = region.written_by(self.launches - 1, cells)
+            if early is not None and early.any():
+                self._note("early", kind, region.name, region.element(cells[early][0]), int(early.sum()))
         if kind == "store":
             others = region.write(cells, program, self.launches)
             if others.any():

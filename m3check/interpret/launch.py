@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,14 +58,22 @@ def repair_boolean_arguments() -> None:
     base._implicit_cvt = implicit_cvt
 
 
+waits: list[Callable[[], None]] = []
+"""Called whenever a program waits for the kernel launched before its own."""
+
+
 def repair_dependent_launch() -> None:
     """Programs run one after another here, so waiting for an earlier kernel and releasing a later one are nothing."""
+
+    def wait(_semantic: Any = None) -> None:
+        for told in waits:
+            told()
 
     def nothing(_semantic: Any = None) -> None:
         return None
 
     for owner in (cuda, cuda.gdc):
-        owner.gdc_wait = owner.gdc_launch_dependents = nothing
+        owner.gdc_wait, owner.gdc_launch_dependents = wait, nothing
 
 
 # -- autotuning -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Region:
         self.page = 0, 1  # of the first view: its first cell, and cells to the next index of its first dimension
         self.writers: Any = None
         self.launch = -1
+        self.earlier: tuple[int, Any] = -1, None  # the launch before `launch` that wrote, and its writers
 
     @property
     def end(self) -> int:
@@ -68,12 +69,28 @@ class Region:
     def write(self, cells: Any, program: int, launch: int) -> Any:
         """Note who writes; the cells (bool) that another program of this launch wrote before."""
         if self.launch != launch or self.writers is None:
+            self.earlier = self.launch, self.writers
             self.writers, self.launch = np.zeros(len(self.flags), np.int32), launch
         before = self.writers[cells]
         others = (before != 0) & (before != program)
         self.writers[cells] = np.where(others, SEVERAL, program)
         self.flags[cells] |= WRITTEN
         return others
+
+    def take_as_written(self, tensor: torch.Tensor, launch: int) -> None:
+        """Say that a launch before the watch wrote the cells of a view."""
+        kept = self.flags
+        self.flags = np.zeros(len(kept), np.uint8)
+        self.view(tensor)[...] = 1
+        self.writers, self.flags, self.launch = self.flags.astype(np.int32), kept, launch
+
+    def written_by(self, launch: int, cells: Any) -> Any:
+        """The cells (bool) that a launch wrote and that no later one has written since; None where it wrote none."""
+        if launch == self.launch and self.writers is not None:
+            return self.writers.take(cells) != 0
+        if launch == self.earlier[0] and self.earlier[1] is not None and len(self.earlier[1]) == len(self.writers):
+            return (self.earlier[1].take(cells) != 0) & (self.writers.take(cells) == 0)
+        return None
 
 
 def elements(count: int) -> str:

@@ -90,6 +90,9 @@ TOKEN_DIMENSION: Mapping[str, int] = {
 }  # fmt: skip
 """Which dimension of a tensor counts the query tokens."""
 
+FRESH = frozenset({"idx_q", "score", "topk_idx"})
+"""What the kernel launched before an op's own writes, in the model: index queries, block scores, selected ids."""
+
 
 class BrokenContract(M3CheckError):
     """A kernel that cannot be called, or whose result has the wrong shape or dtype."""
@@ -268,7 +271,7 @@ def _territories(arguments: Mapping[str, Any], outputs: Container[str], pages: P
         return None
 
     tensors = {name: value for name, value in arguments.items() if hasattr(value, "as_strided")}
-    return tuple(Territory(name, t, owned(name, t), name in outputs) for name, t in tensors.items())
+    return tuple(Territory(name, t, owned(name, t), name in outputs, name in FRESH) for name, t in tensors.items())
 
 
 def _touched(name: str, tensor: Tensor, pages: Pages) -> Tensor | None:
