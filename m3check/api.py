@@ -9,13 +9,14 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3check import arch as arches
 from m3check import cases as _cases
-from m3check import isolate, kernels, power, runner
+from m3check import isolate, journal, kernels, power, runner
+from m3check.compiled.report import told_once
 from m3check.report.jsonfile import SCHEMA_VERSION
-from m3check.types import OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
+from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
 
 if TYPE_CHECKING:
     from m3check.config import RunOptions
@@ -71,6 +72,20 @@ def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profi
     return runner.run_one(case, session, line, "")
 
 
+class Group(NamedTuple):
+    """What a worker is bound to for life."""
+
+    provider: str
+    evidence: Evidence
+
+    def __str__(self) -> str:
+        return self.provider if self.evidence != "compiled" else f"{self.provider}, to be compiled,"
+
+
+def _key(line: PlanLine) -> journal.Key:
+    return line.case, line.provider, line.evidence
+
+
 def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     """Run the plan in worker processes, journal each result, and return the record (the caller writes the reports).
 
@@ -85,12 +100,12 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
             print(f"m3check: {text}: {warning}", file=sys.stderr)
     lines = runner.plan(options)
     started = datetime.datetime.now(datetime.UTC)
-    results: dict[tuple[str, str], Result] = {}
+    results: dict[journal.Key, Result] = {}
     for line in lines:
         if line.skip is not None:
-            results[line.case, line.provider] = _without_running(line, Status.SKIPPED, line.skip, options)
+            results[_key(line)] = _without_running(line, Status.SKIPPED, line.skip, options)
     due = [line for line in lines if line.skip is None]
-    groups = list(dict.fromkeys(line.provider for line in due))
+    groups = list(dict.fromkeys(Group(line.provider, line.evidence) for line in due))
     jobs = options.jobs or default_jobs(evidence)
     facts: dict[str, Any] = {
         "evidence": evidence,
@@ -102,17 +117,18 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
         "tier": options.tier if not options.cases else "",
     }
 
-    def make(group: str) -> isolate.Worker:
+    def make(group: Group) -> isolate.Worker:
         command = {
-            "spec": group,
+            "spec": group.provider,
             "arch": arch.name,
-            "evidence": evidence,
+            "evidence": group.evidence,
             "device": device,
             "offline": options.offline,
         }
-        return isolate.Worker(command, worker_environment(evidence))
+        return isolate.Worker(command, worker_environment(group.evidence))
 
     interrupted = False
+    pool: isolate.Pool[Group]
     with isolate.Pool(jobs, make, options.timeout) as pool:
         try:
             if due:
@@ -123,36 +139,38 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
         except ChildProcessError as error:
             raise M3CheckError(str(error)) from error
     facts["seconds"] = round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1)
-    ordered = tuple(results[k] for line in lines if (k := (line.case, line.provider)) in results)
+    ordered = told_once([results[k] for line in lines if (k := _key(line)) in results])
     facts["power"] = power.summary(ordered)
     return _record(ordered, facts, options, interrupted)
 
 
-def _introduce(hellos: Mapping[str, Mapping[str, Any]], options: RunOptions) -> dict[str, Any]:
+def _introduce(hellos: Mapping[Group, Mapping[str, Any]], options: RunOptions) -> dict[str, Any]:
     """Facts for the record from the workers' hellos; raises M3CheckError when one refused."""
+    said = set()
     for group, hello in hellos.items():
         if "refused" in hello:
             raise M3CheckError(hello["refused"])
         for warning in hello["warnings"]:
-            print(f"m3check: {group}: {warning}", file=sys.stderr)
-    first = next(iter(hellos.values()))
+            if (group.provider, warning) not in said:
+                print(f"m3check: {group.provider}: {warning}", file=sys.stderr)
+            said.add((group.provider, warning))
+    repairs: Sequence[Mapping[str, Any]] = next((hello["repairs"] for hello in hellos.values() if hello["repairs"]), [])
     return {
-        **first["environment"],
-        "providers": {group: hello["description"] for group, hello in hellos.items()},
-        "interpreter_repairs": [r["name"] for r in first["repairs"] if r["installed"]],
+        **next(iter(hellos.values()))["environment"],
+        "providers": {group.provider: hello["description"] for group, hello in hellos.items()},
+        "interpreter_repairs": [r["name"] for r in repairs if r["installed"]],
     }
 
 
 def _run_due(
-    pool: isolate.Pool,
+    pool: isolate.Pool[Group],
     due: Sequence[PlanLine],
-    results: dict[tuple[str, str], Result],
+    results: dict[journal.Key, Result],
     facts: Mapping[str, Any],
     options: RunOptions,
 ) -> None:
     from m3check import __version__
     from m3check.config import Event
-    from m3check.journal import Journal
 
     fingerprint = {
         "m3check": __version__,
@@ -162,17 +180,17 @@ def _run_due(
         "torch": facts["torch"],
         "triton": facts["triton"],
     }
-    journal = Journal(options.folder / "journal.jsonl", fingerprint, options.resume)
+    book = journal.Journal(options.folder / "journal.jsonl", fingerprint, options.resume)
     try:
-        tasks: dict[str, list[PlanLine]] = {}
+        tasks: dict[Group, list[PlanLine]] = {}
         done = 0
         for line in sorted(due, key=lambda line: -_cases.cost(_cases.parse_id(line.case), line.evidence)):
-            earlier = journal.earlier.get((line.case, line.provider, line.evidence))
+            earlier = book.earlier.get(_key(line))
             if earlier is not None:
-                results[line.case, line.provider] = earlier
+                results[_key(line)] = earlier
                 done += 1
             else:
-                tasks.setdefault(line.provider, []).append(line)
+                tasks.setdefault(Group(line.provider, line.evidence), []).append(line)
 
         def message(line: PlanLine) -> dict[str, Any]:
             import msgspec
@@ -186,13 +204,13 @@ def _run_due(
                 import msgspec
 
                 result = msgspec.convert(answer, Result)
-            results[line.case, line.provider] = result
-            journal.append(result)
+            results[_key(line)] = result
+            book.append(result)
             done += 1
             if options.progress is not None:
                 options.progress(Event(done, len(due), result))
     finally:
-        journal.close()
+        book.close()
 
 
 def _without_running(line: PlanLine, status: Status, reason: str, options: RunOptions) -> Result:
@@ -203,7 +221,7 @@ def _without_running(line: PlanLine, status: Status, reason: str, options: RunOp
 def worker_environment(evidence: str) -> dict[str, str]:
     """Environment of a worker: one thread for each library, and the interpreter switched on before triton is imported."""
     one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return {**one, "TRITON_INTERPRET": "0" if evidence == "device" else "1"}
+    return {**one, "TRITON_INTERPRET": "1" if evidence == "interpreted" else "0"}
 
 
 def default_jobs(evidence: str) -> int:

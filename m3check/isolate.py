@@ -15,9 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Group = TypeVar("Group", bound=Hashable)
+"""What a worker serves for life."""
 
 COMPILE_LIMIT = 600.0
 """Seconds that the compilations of one case may take; they do not count against its time limit."""
@@ -167,14 +170,14 @@ def _lines(channel: socket.socket) -> Iterator[dict[str, Any]]:
         yield from (json.loads(line) for line in lines)
 
 
-class Pool:
-    """Runs tasks on at most `jobs` workers, each bound to one group (a provider) for life."""
+class Pool(Generic[Group]):
+    """Runs tasks on at most `jobs` workers, each bound to one group (a provider and a kind of evidence) for life."""
 
-    def __init__(self, jobs: int, make: Callable[[str], Worker], limit: float) -> None:
+    def __init__(self, jobs: int, make: Callable[[Group], Worker], limit: float) -> None:
         self._jobs, self._make, self._limit = jobs, make, limit
-        self._workers: list[tuple[str, Worker]] = []
+        self._workers: list[tuple[Group, Worker]] = []
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Pool[Group]:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,9 +185,9 @@ class Pool:
             worker.kill()
         self._workers.clear()
 
-    def greet(self, groups: list[str]) -> dict[str, dict[str, Any]]:
+    def greet(self, groups: list[Group]) -> dict[Group, dict[str, Any]]:
         """Start a worker for each group, a few at a time, and collect their hellos; raises ChildProcessError on a death."""
-        hellos: dict[str, dict[str, Any]] = {}
+        hellos: dict[Group, dict[str, Any]] = {}
         waiting = list(groups)
         while len(hellos) < len(groups):
             while waiting and len(self._workers) < self._jobs:
@@ -203,7 +206,7 @@ class Pool:
                 self._retire(self._workers[0])
         return hellos
 
-    def run(self, tasks: dict[str, list[Any]], message: Callable[[Any], dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
+    def run(self, tasks: dict[Group, list[Any]], message: Callable[[Any], dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
         """Yield (task, answer) as they come; an answer is the worker's message or a Death."""
         queues = {group: list(queue) for group, queue in tasks.items()}
         while True:
@@ -226,18 +229,18 @@ class Pool:
                     reason = f"no result within {self._limit:g} s; the worker was ended"
                     yield from self._bury(group, worker, "timeout", reason)
 
-    def _bury(self, group: str, worker: Worker, kind: str, reason: str) -> Iterator[tuple[Any, Death]]:
+    def _bury(self, group: Group, worker: Worker, kind: str, reason: str) -> Iterator[tuple[Any, Death]]:
         self._retire((group, worker))
         if worker.hello is None:
             raise ChildProcessError(f"{group} could not be loaded again: {reason}")
         if worker.task is not None:
             yield worker.task, Death(kind, reason)
 
-    def _retire(self, entry: tuple[str, Worker]) -> None:
+    def _retire(self, entry: tuple[Group, Worker]) -> None:
         self._workers.remove(entry)
         entry[1].kill()
 
-    def _assign(self, queues: dict[str, list[Any]], message: Callable[[Any], dict[str, Any]]) -> None:
+    def _assign(self, queues: dict[Group, list[Any]], message: Callable[[Any], dict[str, Any]]) -> None:
         for group, worker in list(self._workers):
             if worker.hello is None or worker.task is not None:
                 continue
@@ -255,7 +258,7 @@ class Pool:
             group = max(open_groups, key=lambda g: len(queues[g]) / (1 + serving[g]))
             self._workers.append((group, self._make(group)))
 
-    def _ready(self) -> list[tuple[str, Worker]]:
+    def _ready(self) -> list[tuple[Group, Worker]]:
         with selectors.DefaultSelector() as selector:
             for entry in self._workers:
                 selector.register(entry[1], selectors.EVENT_READ, entry)

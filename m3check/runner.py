@@ -89,7 +89,21 @@ def plan(options: RunOptions) -> list[PlanLine]:
                 skip = f"needs a device ({why}); {cases.case_cost(case)}"
             names = shown(case) if skip is None else ()
             lines.append(PlanLine(cases.case_id(case), case.op, text, evidence, skip, names))
+        if evidence != "device":
+            lines += _compiled(options, spec, arch, due)
     return lines
+
+
+def _compiled(options: RunOptions, spec: kernels.Spec, arch: Arch, due: Sequence[Case]) -> Iterator[PlanLine]:
+    """What is cross-compiled beside being interpreted; variants are counted on one case of each op, and on named ones."""
+    swept: set[str] = set()
+    for case in due:
+        if options.tier == "production" and not options.cases:
+            continue  # what a plan skips is said once
+        skip = kernels.refuses(spec, case, arch, "compiled")
+        sweep = skip is None and (bool(options.cases) or case.op not in swept)
+        swept |= {case.op} if sweep else set()
+        yield PlanLine(cases.case_id(case), case.op, spec.text, "compiled", skip, ("recompiles",) if sweep else ())
 
 
 def _invariants(
@@ -132,6 +146,8 @@ class Session:
     loaded: Any  # kernels.Loaded
     unrepaired: Sequence[str] = ()
     """Why results of this process cannot be trusted, e.g. an interpreter repair that could not be installed."""
+    compiling: Callable[[bool], None] = lambda began: None
+    """Hears when cross-compilation begins and ends, which stops the clock of a case."""
 
 
 def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Result:
@@ -161,7 +177,12 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
     if refusal is not None:
         return result(Status.SKIPPED, refusal)
     try:
+        if session.evidence == "compiled":
+            found = compiled.findings(case, kernel, session.arch, bool(line.invariants), session.compiling)
+            return result(*verdict(found), found)
         findings = _judge(case, kernel, session, line.invariants)
+    except compiled.NothingToCompile as error:
+        return result(Status.SKIPPED, str(error))
     except KernelRaised as error:
         return result(Status.ERROR, str(error))
     except M3CheckError as error:

@@ -47,6 +47,10 @@ class Service:
 
             device = f"cuda:{command['device']}"
             devices.on_compile(lambda began: send({"compiling": began}))
+        elif evidence == "compiled":
+            from m3check.compiled import target
+
+            target.present(arch)
         else:
             from m3check import interpret
 
@@ -59,7 +63,7 @@ class Service:
         from m3check.cases import generate  # noqa: F401
 
         loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
-        self.session = runner.Session(arch, evidence, device, loaded, unrepaired)
+        self.session = runner.Session(arch, evidence, device, loaded, unrepaired, lambda began: send({"compiling": began}))
         return {
             "description": loaded.description,
             "warnings": list(loaded.warnings),

@@ -53,7 +53,10 @@ def test_verify_passes_a_right_kernel_and_raises_for_a_wrong_one():
 
 def test_plan_takes_the_flags_of_a_run_and_refuses_unknown_names():
     lines = m3check.plan(arch="sm100", kernels=("triton",), cases=(CASE,))
-    assert [line.case for line in lines] == [CASE]
+    assert [(line.case, line.evidence) for line in lines if line.evidence != "device"] == [
+        (CASE, "interpreted"),
+        (CASE, "compiled"),
+    ]
     with pytest.raises(M3CheckError, match="sm90"):
         m3check.plan(arch="sm91")
 

@@ -108,7 +108,9 @@ def bench(options: RunOptions, text: str, jobs: int, told: Callable[[str], None]
     torch.set_num_threads(1)
     session = runner.Session(arch, evidence, "cpu" if evidence != "device" else f"cuda:{index}", None)
     made = Bench(sources(spec, arch, options.offline), session, [], [], jobs)
-    lines = [line for line in runner.plan(options) if line.provider == text and line.skip is None]
+    lines = [
+        line for line in runner.plan(options) if line.evidence == evidence and line.provider == text and line.skip is None
+    ]
     if not lines:
         raise M3CheckError(f"{text} has no case to measure with")
     if evidence != "device":
