@@ -27,6 +27,7 @@ from m3check.types import (
     PlanLine,
     Result,
     Status,
+    Sums,
 )
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
         if session.evidence == "compiled":
             found = compiled.findings(case, kernel, session.arch, bool(line.invariants), session.compiling)
             return result(*verdict(found), found)
-        findings = _judge(case, kernel, session, line.invariants)
+        findings, sums = _judge(case, kernel, session, line.invariants)
     except compiled.NothingToCompile as error:
         return result(Status.SKIPPED, str(error))
     except KernelRaised as error:
@@ -194,7 +195,7 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
         return result(Status.INCONCLUSIVE, "; ".join(session.unrepaired), findings)
     if status is Status.PASSED:  # agreed; but would a wrong answer have passed, too?
         status, reason = power.doubt(case, session.device) or (status, reason)
-    return result(status, reason, findings)
+    return replace(result(status, reason, findings), sums=sums)
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[Status, str]:
@@ -212,7 +213,18 @@ class KernelRaised(Exception):
     """A kernel raised instead of answering."""
 
 
-def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -> list[Finding]:
+def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -> tuple[list[Finding], Sums | None]:
+    inputs = cases.make_inputs(case, session.device)
+    run, setting = first_call(kernel, inputs, session)
+    judge = Judge(inputs, setting)
+    findings = judge(inputs, run)
+    if names and not _red(findings):  # a result that is red already needs no further cause
+        findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
+    return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None
+
+
+def first_call(kernel: Kernel, inputs: Inputs, session: Session) -> tuple[Run, checks.Setting]:
+    """A call in a world of NaN poison, and how it is to be judged; cells read unwritten are weighed by a second call."""
     from m3check import checks
     from m3check.checks import accesses
     from m3check.checks.view import View
@@ -258,6 +270,17 @@ class Judge:
             findings = checks.compare(problem, run, expected, setting, attend)
             if best is None or _red(findings) < _red(best):
                 best = findings
+    def sums(self, run: Run) -> Sums | None:
+        """How a call on the case's own inputs added up, which only ops that multiply say."""
+        from m3check.checks.sums import effective_bits
+
+        if run.arithmetic is None or (self._own.idx_q is None and self._own.q is None):
+            return None
+        problem, expected = self._reference(self._own, "rounded")
+        score = run.outputs.get("score")
+        bits = None if score is None else effective_bits(problem, score, expected)
+        return Sums(run.arithmetic.score.origin, None if bits is None else round(bits, 1))
+
             if not _red(best):
                 break
         assert best is not None

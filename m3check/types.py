@@ -308,6 +308,16 @@ class Finding:
 class Result:
     """One case on one kernel by one kind of evidence."""
 
+@dataclass(frozen=True)
+class Sums:
+    """How a kernel added up products on a device."""
+
+    by: str
+    """The least precise of the matrix instructions that ran, with its fraction bits, or `fp32`."""
+    bits: float | None = None
+    """Effective bits: -log2 of the largest |score - s| / Σ|q·k| that was seen; None where no scores tell."""
+
+
     case: str
     op: str
     provider: str
@@ -323,6 +333,8 @@ class Result:
     def check(self) -> None:
         """Raise AssertionError, with the findings as its message, where the result is red."""
         if self.status not in RED:
+    sums: Sums | None = None
+    """On a device, of an op that is not a chain."""
             return
         worst = [f for f in self.findings if f.status is Status.FAILED]
         told = [f"{f.check}: {f.measured} > {f.limit} at {f.where} ({f.hint})" for f in worst] or [self.reason]

@@ -150,6 +150,11 @@ _WORDS = {
         "findings": "the judgements of the checks",
         "seconds": "wall clock of the case, compilation included",
         "repro": "the command that reruns exactly this case on this kernel",
+        "sums": "how it added up products, on a device; left out elsewhere, and for chains",
+    },
+    "Sums": {
+        "by": "the least precise of the matrix instructions that ran, with its fraction bits; or fp32",
+        "bits": "-log2 of the largest |score - s| / Σ|q·k|; null where no scores tell",
     },
     "Finding": {
         "check": "which check",
@@ -200,7 +205,10 @@ def _lean(result: Result) -> dict[str, Any]:
                 del told["measured"], told["limit"]
         findings.append(told)
     axes = {name: value for name, value in result.axes.items() if value != _usual(result.axes).get(name, _MOVED)}
-    return {**_fields(result), "axes": axes, "findings": findings}
+    told = {**_fields(result), "axes": axes, "findings": findings}
+    if result.sums is None:
+        del told["sums"]
+    return told
 
 
 def _usual(axes: dict[str, Any]) -> dict[str, Any]:
