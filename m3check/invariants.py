@@ -162,10 +162,10 @@ INVARIANTS: tuple[Invariant, ...] = (
               tiers=frozenset({"ci", "full"})),
     Invariant("graph", EVERY, _unlike, "lengths, tables or pointers frozen when a graph was captured",
               "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),
-    Invariant("load", EVERY, _live_rows, "scratch shared by launches in flight", "a race that 20 launches do not show",
+    Invariant("load", EVERY, _live_rows, "scratch or metadata shared by launches in flight", "a race that 20 launches hide",
               "launches.load", calls=2, evidence=DEVICE),
     Invariant("dependent_launch", DECODE, _live_rows, "reads before an earlier kernel has finished",
-              "providers that cannot switch it off", "launches.dependent", calls=2, evidence=DEVICE),
+              "early reads of what is neither a length, an id nor scratch", "launches.dependent", calls=3, evidence=DEVICE),
 )  # fmt: skip
 
 

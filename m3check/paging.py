@@ -74,6 +74,10 @@ class Guard:
         self._before = backing.clone()
         self._owned = owned  # bool, shaped like backing: cells that the kernel may write
 
+    def reset(self) -> None:
+        """Put back what the buffer and its surroundings held at first."""
+        words(self._backing).copy_(words(self._before))
+
     def overwritten(self) -> list[int]:
         """Flat positions of cells outside the view that changed, relative to the view's first element."""
         changed = (words(self._backing) != words(self._before)) & ~self._owned

@@ -66,7 +66,7 @@ def _tried(name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
 def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting: Setting, judge: Judge) -> Trial:
     from m3check import runner
     from m3check.checks.invariants.trial import Trial
-    from m3check.kernels import replay
+    from m3check.kernels import overlap, replay
     from m3check.paging import World
 
     def call(changed: Inputs, world: World) -> Run:
@@ -98,7 +98,9 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
             return runs
 
         trial.replay = replayed
-        trial.launches = lambda same, count: launched(lambda: replay.in_flight(kernel, same, World(), count))
+        trial.launches = lambda lanes, count: launched(lambda: overlap.in_flight(kernel, lanes, count))
+        if session.arch.pdl:
+            trial.behind = lambda same, count: launched(lambda: overlap.behind_producer(kernel, same, count))
         switch = session.loaded.dependent_launch
         if switch is not None:
 

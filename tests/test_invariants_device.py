@@ -12,6 +12,7 @@ from test_invariants import PROFILE, like, session
 
 from m3check import cases, invariants, kernels, runner
 from m3check.arch import ARCHS, find_arch, present
+from m3check.kernels import overlap, producer, replay
 from m3check.types import PlanLine, Profile, Status
 
 CASES = (
@@ -33,10 +34,23 @@ class Replays:
     def __init__(self):
         self.mode = "eager"
         self.calls = []
+        self.late = []
 
-    def captured(self, function, op):
+    def produce(self, to, source, _zero):
+        """What it would write is there once somebody has waited for it."""
+        self.late.append(lambda: to.copy_(source))
+
+    def wait(self):
+        """As a kernel waits for the one before it."""
+        for write in self.late:
+            write()
+        self.late.clear()
+
+    def captured(self, function, op, waits=True):
         @like(op)
         def call(**arguments):
+            if waits:
+                self.wait()
             result = function(**arguments)
             if self.mode == "capture":
                 self.calls.append((function, arguments, result))
@@ -78,6 +92,10 @@ def replays(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", found.graph)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _mode: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.mode == "capture")
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: None)
+    monkeypatch.setattr(overlap, "BUSY", 16)
+    monkeypatch.setattr(producer, "produce", found.produce)
     return found
 
 
@@ -179,6 +197,67 @@ def test_dependent_launch_catches_a_result_that_needs_it(replays):
     assert result.status is Status.FAILED
     assert "without programmatic dependent launch" in result.reason
     assert on == [True], "it is switched on again"
+
+
+@pytest.mark.parametrize("early", ["seq_lens", "topk_idx"])
+def test_dependent_launch_catches_what_is_read_before_the_wait(replays, early):
+    @like("sparse_attn_decode")
+    def reads_early(**arguments):
+        arguments[early] = arguments[early].clone()
+        replays.wait()
+        right.sparse_attn_decode(**arguments)
+
+    @like("sparse_attn_decode")
+    def waits(**arguments):
+        replays.wait()
+        right.sparse_attn_decode(**arguments)
+
+    def result(function):
+        made = replace(session({"sparse_attn_decode": function}), evidence="device", arch=find_arch("sm90"))
+        parsed = cases.parse_id(CASES[5])
+        return runner.run_one(
+            parsed, made, PlanLine(CASES[5], parsed.op, "user", "device", None, ("dependent_launch",)), ""
+        )
+
+    assert result(waits).status is Status.PASSED
+    red = result(reads_early)
+    assert red.status is Status.FAILED
+    assert "right behind a slow kernel" in red.reason
+
+
+def test_load_catches_metadata_of_the_launch_before(replays):
+    """One table for all launches: the second in flight still reads the first one's."""
+    before = []
+
+    @like("sparse_attn_decode")
+    def shared(**arguments):
+        before.append(arguments["block_table"].clone())
+        if len(before) > 1 and before[-2].shape == before[-1].shape and len(before) > 3:
+            arguments["block_table"] = before[-2]
+        right.sparse_attn_decode(**arguments)
+
+    assert run(replays, {"sparse_attn_decode": shared}, CASES[5], ()).status is Status.PASSED
+    before.clear()
+    result = run(replays, {"sparse_attn_decode": shared}, CASES[5], ("load",))
+    assert result.status is Status.FAILED
+    assert "in flight on two streams" in result.reason
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_launches_in_flight_do_not_share_their_metadata(replays, case, monkeypatch):
+    launches, seen = overlap.in_flight, []
+
+    def spy(kernel, lanes, count):
+        seen.extend(lanes)
+        return launches(kernel, lanes, count)
+
+    monkeypatch.setattr(overlap, "in_flight", spy)
+    assert run(replays, right.RIGHT, case, ("load",)).status is Status.PASSED
+    kernel = session(right.RIGHT).loaded.kernels[cases.parse_id(case).op]
+    one, two = (replay.stages(kernel, inputs, world)[0].arguments for inputs, world in seen)
+    shared = [name for name in ("seq_lens", "prefix_lens", "cu_seqlens_q") if name in one]
+    assert all(one[name].shape == two[name].shape for name in shared)
+    assert any(not one[name].equal(two[name]) for name in shared)
 
 
 @pytest.mark.gpu
