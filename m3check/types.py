@@ -50,6 +50,10 @@ RED = frozenset({Status.FAILED, Status.ERROR, Status.CRASHED, Status.TIMEOUT})
 STRICTLY_RED = frozenset({Status.NOTED, Status.MISTRUSTED, Status.INCONCLUSIVE})
 """Statuses that `--strict` makes red as well."""
 
+ODD_SCORES = frozenset({"nan", "mostly_nan", "infinite", "negative_zero", "huge"})
+"""Rows of scores out of the ordinary: `nan` where numbers enough to fill the list are left, `mostly_nan` where they are
+not, `huge` where a score is 1e29 or more and so outranks forcing."""
+
 Evidence = Literal["device", "interpreted", "compiled"]
 Phase = Literal["prefill", "decode"]
 
@@ -265,8 +269,8 @@ class Profile:
     """Attention output of a row that sees no valid block; the contract wants zero, `nan` and `any` promise nothing."""
     id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future"})
     """Which id lists attention accepts; on others a broken result is `noted`, not `failed`."""
-    odd_scores: bool = True
-    """Whether selection promises what is right on rows with NaN, ±inf, -0 or scores of 1e29 and more."""
+    odd_scores: frozenset[str] = ODD_SCORES
+    """On which rows of scores out of the ordinary selection promises what is right."""
     normaliser: Literal["lse", "sum"] = "sum"
     """How the softmax is normalised: exp2(m - lse), or division by the sum."""
     dequantise: Literal["rounded", "folded", "either"] = "either"
@@ -305,10 +309,6 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One case on one kernel by one kind of evidence."""
-
-@dataclass(frozen=True)
 class Sums:
     """How a kernel added up products on a device."""
 
@@ -317,6 +317,10 @@ class Sums:
     bits: float | None = None
     """Effective bits: -log2 of the largest |score - s| / Σ|q·k| that was seen; None where no scores tell."""
 
+
+@dataclass(frozen=True)
+class Result:
+    """One case on one kernel by one kind of evidence."""
 
     case: str
     op: str
@@ -329,12 +333,12 @@ class Sums:
     findings: tuple[Finding, ...] = ()
     seconds: float = 0.0
     repro: str = ""
+    sums: Sums | None = None
+    """On a device, of an op that is not a chain."""
 
     def check(self) -> None:
         """Raise AssertionError, with the findings as its message, where the result is red."""
         if self.status not in RED:
-    sums: Sums | None = None
-    """On a device, of an op that is not a chain."""
             return
         worst = [f for f in self.findings if f.status is Status.FAILED]
         told = [f"{f.check}: {f.measured} > {f.limit} at {f.where} ({f.hint})" for f in worst] or [self.reason]
@@ -360,6 +364,17 @@ class Exit:
 
     code: int
     reason: str
+
+
+@dataclass(frozen=True)
+class Breach:
+    """What makes a run red although no result is: a floor that was not met, a ledger entry that is wrong."""
+
+    sentence: str
+    file: str = ""
+    """The file that mends it, where there is one."""
+    line: int = 0
+    """From 1; 0 where it is not known."""
 
 
 @dataclass(frozen=True)

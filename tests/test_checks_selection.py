@@ -115,10 +115,20 @@ def test_odd_scores_are_noted_where_nothing_is_promised(odd):
     problem = topk([5.0, odd, 3.0, 3.0, 9.0, 1.0], count=3)
     ids = [5, 2, 3]
     assert judge(problem, ids)
-    findings = simulate.judge(problem, {"ids": torch.tensor([[ids]], dtype=torch.int32)}, odd_scores=False)
+    findings = simulate.judge(problem, {"ids": torch.tensor([[ids]], dtype=torch.int32)}, odd_scores=frozenset())
     assert not simulate.red(findings)
     assert Status.NOTED in {f.status for f in findings}
-    assert "selection" in judge(topk(SCORES), [7, 4, 0, 1], odd_scores=False)
+    assert "selection" in judge(topk(SCORES), [7, 4, 0, 1], odd_scores=frozenset())
+
+
+def test_nan_alone_can_be_promised_and_only_where_numbers_are_enough():
+    promised = frozenset({"nan"})
+    enough = topk([5.0, math.nan, 3.0, 2.0, 9.0, 1.0], count=3)
+    assert not judge(enough, [5, 4, 0], odd_scores=promised)
+    assert "selection" in judge(enough, [5, 4, 1], odd_scores=promised)
+    for scores in ([5.0, math.nan, math.nan, math.nan, math.nan, 1.0], [5.0, math.nan, 3.0, 2.0, math.inf, 1.0]):
+        assert judge(topk(scores, count=3), [5, 1, 2])
+        assert not judge(topk(scores, count=3), [5, 1, 2], odd_scores=promised)
 
 
 def test_scores_that_nobody_saw_have_slack_and_no_more():

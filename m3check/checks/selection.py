@@ -11,7 +11,7 @@ from torch import Tensor
 from m3check.checks.scores import plain_scores, slack, visible_cells
 from m3check.checks.view import View
 from m3check.paging import IMPOSSIBLE_ID
-from m3check.types import LOCAL_SCORE, Finding, Status
+from m3check.types import LOCAL_SCORE, ODD_SCORES, Finding, Status
 
 # Ranks as one fp64 number: forced classes above +inf, NaN below -inf.
 OWN, INIT, LOCAL = 1e308, 1e307, 1e306
@@ -55,8 +55,8 @@ def forced_blocks(view: View) -> tuple[Tensor, Tensor, Tensor]:
     return local & (block == visible - 1), init, local
 
 
-def check_structure(view: View) -> list[Finding]:
-    """min(topk, visible) distinct visible ids, then -1 to the end."""
+def _faults(view: View) -> list[tuple[Tensor, str]]:
+    """Rows [H, T] that break the structure of a list, one entry for each way to break it."""
     lists = _lists(view)
     ids, slot = lists.ids, torch.arange(view.case.topk, device=view.device)
     head = slot < lists.count[:, None]  # [T, topk]
@@ -71,6 +71,12 @@ def check_structure(view: View) -> list[Finding]:
     )
     rows = [(fault.any(-1), f"{name}: {meaning}") for name, fault, meaning in faults]
     rows.append(((lists.times > 1).any(-1), "a block is listed twice; attention would give it double weight"))
+    return rows
+
+
+def check_structure(view: View) -> list[Finding]:
+    """min(topk, visible) distinct visible ids, then -1 to the end."""
+    rows = _faults(view)
     promised = _promised(view, _own_scores(view)[0])
     flags = torch.stack([torch.stack([(r & promised).any(), (r & ~promised).any()]) for r, _ in rows]).tolist()
     findings = []
@@ -118,20 +124,26 @@ UNPROMISED = ": a row with NaN, infinite, -0 or >= 1e29 scores, where this kerne
 
 
 def _promised(view: View, scores: Tensor) -> Tensor:
-    """Rows [H, T] that the profile promises to select rightly: all, or those whose competing scores are all ordinary.
-
-    NaN, an infinity, a negative zero and a number that outranks forcing are out of the ordinary.
-    """
-    if view.setting.profile.odd_scores:
-        return torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
+    """Rows [H, T] that the profile promises to select rightly: those whose competing scores are ordinary, or odd as promised."""
     _, init, local = forced_blocks(view)
     competing = visible_cells(view) & ~(init | local)
-    odd = ~scores.isfinite() | (scores >= LOCAL_SCORE) | ((scores == 0) & scores.signbit())
-    return ~(odd & competing).any(-1)
+    nan = scores.isnan() & competing
+    short = (visible_cells(view) & ~nan).sum(-1) < _lists(view).count
+    odd = {
+        "nan": nan.any(-1) & ~short,
+        "mostly_nan": nan.any(-1) & short,
+        "infinite": (scores.isinf() & competing).any(-1),
+        "negative_zero": ((scores == 0) & scores.signbit() & competing).any(-1),
+        "huge": (scores.isfinite() & (scores >= LOCAL_SCORE) & competing).any(-1),
+    }
+    promised = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
+    for kind in ODD_SCORES - view.setting.profile.odd_scores:
+        promised &= ~odd[kind]
+    return promised
 
 
-def check_optimality(view: View) -> list[Finding]:
-    """No block left out outranks a chosen one, by more than what rounding of unseen scores explains; ties as promised."""
+def _violations(view: View) -> tuple[list[tuple[str, Tensor, str]], Tensor, Tensor, Tensor]:
+    """((name, rows [H, T], hint) of each way to select wrongly; rank, margin and chosen [H, T, K])."""
     lists, profile = _lists(view), view.setting.profile
     scores, beta = _own_scores(view)
     rank, seen = _ranks(view, scores), visible_cells(view)
@@ -142,7 +154,6 @@ def check_optimality(view: View) -> list[Finding]:
     high = (rank - margin).masked_fill(chosen | ~seen, -math.inf).amax(-1)  # the best left out at its worst
     full = chosen.sum(-1) >= lists.count  # a shorter list is the structure check's finding
     wrong = full & (low < high)
-    promised = _promised(view, scores)
     lost = wrong & (high >= LOCAL)  # a forced block is out
     tied = _wrong_ties(view, rank, chosen) & full if profile.tie_rule == "smaller_id" and beta is None else None
     order = _wrong_order(view, lists, rank, margin) & full if profile.id_order != "any" else None
@@ -150,9 +161,23 @@ def check_optimality(view: View) -> list[Finding]:
     words = ["a forced block (init or local) was left out for one that is not, or for one of lower rank", "", "", ""]
     words = words[:2] + [w for x, w in ((tied, _TIES), (order, _ORDER[profile.id_order])) if x is not None]
     names = ["forced", "selection", *(w for x, w in ((tied, "ties"), (order, "order")) if x is not None)]
+    return list(zip(names, groups, words, strict=True)), rank, margin, chosen
+
+
+def wrong_rows(view: View) -> Tensor:
+    """Rows [H, T] whose list is broken or not the best, where the profile promises that it is."""
+    rows = [*(rows for rows, _ in _faults(view)), *(rows for _, rows, _ in _violations(view)[0])]
+    return torch.stack(rows).any(0) & _promised(view, _own_scores(view)[0])
+
+
+def check_optimality(view: View) -> list[Finding]:
+    """No block left out outranks a chosen one, by more than what rounding of unseen scores explains; ties as promised."""
+    violations, rank, margin, chosen = _violations(view)
+    promised = _promised(view, _own_scores(view)[0])
+    groups = [rows for _, rows, _ in violations]
     flags = torch.stack([torch.stack([(g & promised).any(), (g & ~promised).any()]) for g in groups]).tolist()
     findings = []
-    for name, group, hint, (broken, unpromised) in zip(names, groups, words, flags, strict=True):
+    for (name, group, hint), (broken, unpromised) in zip(violations, flags, strict=True):
         if name == "selection":
             findings.append(_swap(view, group & promised, rank, margin, chosen, broken))
         elif broken:

@@ -20,7 +20,7 @@ from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.locate import TREE, Source, locate
 from m3check.kernels.provider import Loaded, Spec, cannot_compile, with_chains
 from m3check.kernels.reading import PREFIX, Reading
-from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, Profile
+from m3check.types import ODD_SCORES, OPS, Case, Evidence, Kernel, M3CheckError, Profile
 
 FILES: Mapping[str, str] = {  # op: the file that defines it, in common/ops and amd/ops alike
     "index_score": "index_topk",
@@ -164,7 +164,7 @@ def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
         tie_rule="smaller_id" if selector else "any",
         dead_rows="nan",
         id_lists=ID_LISTS[found.id_rule],
-        odd_scores=selector,
+        odd_scores=ODD_SCORES if selector else frozenset({"nan"}),
         normaliser="lse",
         dequantise="rounded",
         partials="query",

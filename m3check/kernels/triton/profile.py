@@ -1,6 +1,6 @@
 """What our Triton kernels need and promise."""
 
-from m3check.types import Profile
+from m3check.types import ODD_SCORES, Profile
 
 PROFILE = Profile(
     kv_layout="packed",
@@ -9,7 +9,7 @@ PROFILE = Profile(
     forcing="init_first",
     forced_scores=True,
     dead_rows="zero",
-    odd_scores=True,
+    odd_scores=ODD_SCORES,
     normaliser="sum",
     dequantise="rounded",
     partials="fp32",
