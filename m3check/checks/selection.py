@@ -124,7 +124,7 @@ UNPROMISED = ": a row with NaN, infinite, -0 or >= 1e29 scores, where this kerne
 
 
 def _promised(view: View, scores: Tensor) -> Tensor:
-    """Rows [H, T] that the profile promises to select rightly: those whose competing scores are ordinary, or odd as promised."""
+    """Rows [H, T] that the profile promises to select rightly: those with ordinary competing scores, or odd as promised."""
     _, init, local = forced_blocks(view)
     competing = visible_cells(view) & ~(init | local)
     nan = scores.isnan() & competing
