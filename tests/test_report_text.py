@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -157,7 +158,17 @@ def test_a_matrix_as_json_is_plain_json() -> None:
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(M3CheckError, match=r"did you mean junit.*md, json, junit"):
+    with pytest.raises(M3CheckError, match=r"did you mean junit.*json, md, junit"):
         report.render([green()], "junitt")
     with pytest.raises(M3CheckError, match="html is not available in this version"):
         report.render([green()], "html")
+
+
+@pytest.mark.parametrize("told", report.RENDERERS, ids=lambda told: told.word)
+def test_every_format_tells_one_record_and_several_and_leaves_its_file(told: report.Format, tmp_path: Path) -> None:
+    one, several = report.render([green()], told.word), report.render([green(), replace(red(), arch="sm90")], told.word)
+
+    assert one != several
+    report.write(green(), tmp_path)
+    assert not told.file or (tmp_path / told.file).read_text(encoding="utf-8") == one
+    assert {path.name for path in tmp_path.iterdir()} == set(report.FILES.values())

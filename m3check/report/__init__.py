@@ -3,45 +3,57 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from m3check.types import M3CheckError
+from m3check.report import jsonfile, junit, markdown, matrix
+from m3check.types import M3CheckError, Record
 
-if TYPE_CHECKING:
-    from m3check.types import Record
 
-FORMATS = ("md", "json", "junit")
+@dataclass(frozen=True)
+class Format:
+    """One way to tell records."""
 
-FILES = {"json": "report.json", "md": "report.md", "junit": "junit.xml"}
-"""What a run leaves in its folder, the record first: where the disk fills, the rest can be made again from it."""
+    word: str
+    """Behind --format."""
+    file: str
+    """What a run leaves in its folder; empty for none."""
+    one: Callable[[Record], str]
+    """A record as a report."""
+    several: Callable[[Sequence[Record]], str]
+    """Records of several targets as one text."""
+
+
+RENDERERS: tuple[Format, ...] = (  # the record first: where the disk fills, the rest can be made again from it
+    Format("json", "report.json", jsonfile.dumps, matrix.as_json),
+    Format("md", "report.md", markdown.render, matrix.render),
+    Format("junit", "junit.xml", lambda record: junit.render([record]), junit.render),
+)
+
+FORMATS: Mapping[str, Format] = {each.word: each for each in RENDERERS}
+
+FILES: Mapping[str, str] = {each.word: each.file for each in RENDERERS if each.file}
+"""What a run leaves in its folder, by format."""
 
 
 def check_format(format: str) -> None:
     """Raise M3CheckError for a format that is unknown, or not there yet."""
+    known = ", ".join(FORMATS)
+    if format in FORMATS:
+        return
     if format == "html":
-        raise M3CheckError("--format html is not available in this version; formats: " + ", ".join(FORMATS))
-    if format not in FORMATS:
-        close = difflib.get_close_matches(format, FORMATS, n=1)
-        guess = f"did you mean {close[0]}? Known: " if close else "known: "
-        raise M3CheckError(f"unknown format {format!r}; {guess}{', '.join(FORMATS)}")
+        raise M3CheckError(f"--format html is not available in this version; formats: {known}")
+    close = difflib.get_close_matches(format, FORMATS, n=1)
+    guess = f"did you mean {close[0]}? Known: " if close else "known: "
+    raise M3CheckError(f"unknown format {format!r}; {guess}{known}")
 
 
 def render(records: Sequence[Record], format: str) -> str:
     """One record as a report, several as the op × arch × provider matrix. Raises M3CheckError for an unknown format."""
     check_format(format)
-    if format == "junit":
-        from m3check.report import junit
-
-        return junit.render(records)
-    if format == "json":
-        from m3check.report import jsonfile, matrix
-
-        return jsonfile.dumps(records[0]) if len(records) == 1 else matrix.as_json(records)
-    from m3check.report import markdown, matrix
-
-    return markdown.render(records[0]) if len(records) == 1 else matrix.render(records)
+    told = FORMATS[format]
+    return told.one(records[0]) if len(records) == 1 else told.several(records)
 
 
 def write(record: Record, folder: Path) -> tuple[Path, ...]:
