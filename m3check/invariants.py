@@ -16,6 +16,9 @@ from m3check.types import BLOCK, OPS, Case, Evidence
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
 
+PROMISES = frozenset({"far_rows", "apart", "empty"})
+"""Invariants that a kernel need not hold unless its `Profile.bitwise` names them: a finding is noted otherwise."""
+
 LONG = 30.0
 """Seconds (an estimate, right within a factor of three) that the invariants of one named case may take."""
 
@@ -98,6 +101,19 @@ def _telling(case: Case) -> bool:
     return case.ids in ("full", "ascending") and case.fill in ("gauss", "wide", "integer")
 
 
+def _tiled(case: Case) -> bool:
+    """More rows and blocks than the smallest tile of any kernel, so that its loops and grids have several steps."""
+    scoring = case.op in ("index_score", "index_decode_score")
+    rows = max(case.query_lens, default=0) if scoring else case.total_queries
+    wide = case.topk >= 4 if case.op in ATTEND else case.block_columns > 16
+    return rows * case.kv_heads > (16 if scoring else 2) and wide
+
+
+def _long(case: Case) -> bool:
+    """More blocks than a selection's smallest tile of 64, which holds topk."""
+    return case.block_columns > 64 > case.topk
+
+
 def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:
     return lambda case: all(test(case) for test in tests)
 
@@ -129,6 +145,12 @@ INVARIANTS: tuple[Invariant, ...] = (
               "offsets of heads", "memory.far_rows"),
     Invariant("room", INDEX | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, max_decode_query_len, "
               "table width) that enter the result", "limits that are too small", "memory.room"),
+    Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million tokens "
+              "gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
+    Invariant("own_buffers", SELECT | {"index_decode_score"}, _live_rows, "a result that is wrong where the kernel itself "
+              "allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
+    Invariant("apart", SINGLE, _live_rows, "strides of channels, ids and score columns, which are 1 elsewhere",
+              "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
     Invariant("future", (CACHED | CHAINS) - {"index_topk"}, _draft, "a token after the query's position enters the result",
               "tokens whose weight underflows", "content.future"),
     Invariant("neighbours", SINGLE, _several, "another request's tokens or queries enter the result",
@@ -141,6 +163,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "batch.alone"),
     Invariant("padded", DECODE, _live_rows, "padded rows (length 0) that change the rows of others",
               "what stands in the padded rows", "batch.padded"),
+    Invariant("empty", SINGLE, _always, "a batch without any query: a division by zero, a result of another shape",
+              "batches with a query", "batch.empty", evidence=INTERPRETED),
     Invariant("chunked", PREFILL, _draft, "a prefix taken for queries; chunk boundaries inside a block",
               "boundaries at other places", "routes.chunked", calls=2),
     Invariant("verify", DECODE, _draft, "draft tokens judged otherwise than one by one", "draft lengths not tried",
@@ -160,6 +184,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),
+    Invariant("tiles", SINGLE, _tiled, "loops and grids of several steps, where the interpreter's tiles take one",
+              "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
     Invariant("graph", EVERY, _unlike, "lengths, tables or pointers frozen when a graph was captured",
               "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),
     Invariant("load", EVERY, _live_rows, "scratch or metadata shared by launches in flight", "a race that 20 launches hide",

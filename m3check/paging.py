@@ -32,6 +32,9 @@ POOL_LAYERS = 3
 MARGIN = 256
 """Watched elements on each side of a buffer; a multiple of 16 bytes in every dtype, so that alignment is kept."""
 
+SPARE_ROWS = 3
+"""Rows of an id buffer past the batch's own, as one that was made for the largest batch has them."""
+
 SPARE_PAGES = 4
 TABLE_MARGIN = 4
 """int32 columns left of a block table's row: 16 bytes, so that the row keeps the alignment of a fresh one."""
@@ -85,10 +88,22 @@ class Guard:
 
 
 def guarded(
-    name: str, shape: Sequence[int], value: float, dtype: torch.dtype, device: torch.device | str, *, strided: bool = False
+    name: str,
+    shape: Sequence[int],
+    value: float,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    strided: bool = False,
+    spare: int = 0,
 ) -> Guard:
-    """A watched buffer prefilled with `value`; `strided` leaves foreign cells after each innermost row as well."""
+    """A watched buffer prefilled with `value`; `strided` leaves foreign cells after each innermost row as well.
+
+    A kernel is given `spare` more entries of the last dimension but one than `shape` says, and must not write them.
+    """
     *outer, inner = map(int, shape)
+    if spare:
+        outer[-1] += spare
     width = inner + 16 if strided else inner
     count = width
     for n in outer:
@@ -96,7 +111,7 @@ def guarded(
     backing = filled([count + 2 * MARGIN], value, dtype, device)
     view = backing[MARGIN : MARGIN + count].view(*outer, width)[..., :inner]
     owned = torch.zeros(backing.shape, dtype=torch.bool, device=device)
-    owned[MARGIN : MARGIN + count].view(*outer, width)[..., :inner] = True
+    owned[MARGIN : MARGIN + count].view(*outer, width)[..., : outer[-1] - spare, :inner] = True
     return Guard(name, backing, view, owned)
 
 
@@ -135,6 +150,8 @@ class World:
     max_query_len: int = 0  # likewise; 0: the case's own
     columns: int = 0  # at least so many columns of the block table
     pages: int = 0  # at least so many pages
+    own_buffers: bool = False  # a kernel that can allocate its result is given no buffer
+    apart: bool = False  # channels, ids and score columns are every second element of their rows
 
 
 @dataclass(frozen=True)
@@ -189,6 +206,8 @@ class Run:
     frozen: list[Frozen] = field(default_factory=list)
     beyond: dict[str, Tensor] = field(default_factory=dict)
     """Cells that a returned tensor has past the logical shape, by output name."""
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """What the buffer for an output holds, cut like it, where the kernel returned another tensor."""
     accesses: list[Access] | None = None
     """Every misuse of memory that was seen; None where nobody looked, or no interpreted kernel was launched."""
     arithmetic: Arithmetic | None = None
@@ -336,6 +355,14 @@ def _slots(heads: int, pages: Pages, poison: Poison, like: Tensor) -> Tensor:
     storage = arena.allocate(heads * count, like.dtype, like.device).view(heads, count)
     storage[:, pages.first * BLOCK :] = value
     return storage
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """A copy whose last dimension has stride 2; NaN, or an id that cannot be, stands between."""
+    between = poison_value(tensor.dtype, "nan") if tensor.dtype.is_floating_point else IMPOSSIBLE_ID
+    wide = filled([*tensor.shape, 2], between, tensor.dtype, tensor.device)
+    _bytes(wide)[..., 0] = _bytes(tensor)
+    return wide[..., 0]
 
 
 def oddly_strided(tensor: Tensor) -> Tensor:

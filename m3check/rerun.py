@@ -32,13 +32,13 @@ def findings(
     found: list[Finding] = []
     worlds = {entry.name: entry.world for entry in chosen if entry.world is not None}
     if worlds:
-        found += _tried(next(iter(worlds)), lambda: memory.physical(trial, worlds))
+        found += _tried(trial, next(iter(worlds)), lambda: memory.physical(trial, worlds))
     for entry in chosen:
         if entry.world is None and entry.run != "state.sequence":
-            found += _tried(entry.name, lambda entry=entry: _carried_out(entry.run, trial))  # type: ignore[misc]
+            found += _tried(trial, entry.name, lambda entry=entry: _carried_out(entry.run, trial))  # type: ignore[misc]
     calls = [entry.name for entry in chosen if entry.run == "state.sequence"]
     if calls:
-        found += _tried(calls[0], lambda: state.sequence(trial, calls))
+        found += _tried(trial, calls[0], lambda: state.sequence(trial, calls))
     return found
 
 
@@ -50,7 +50,7 @@ def _carried_out(run: str, trial: Trial) -> list[Finding]:
     return carried
 
 
-def _tried(name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
+def _tried(trial: Trial, name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
     """The findings of one invariant; a kernel that raises on the changed call does not hold it."""
     from m3check.kernels.contract import BrokenContract
     from m3check.runner import KernelRaised
@@ -58,7 +58,8 @@ def _tried(name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return carry_out()
     except (KernelRaised, BrokenContract) as error:
-        return [Finding(name, Status.FAILED, 1.0, 0.0, "", f"the changed call did not return: {error}")]
+        finding = Finding(name, Status.FAILED, 1.0, 0.0, "", f"the changed call did not return: {error}")
+        return [trial.unless_promised(finding) if name in invariants.PROMISES else finding]
     except M3CheckError:
         return []  # refused, or no memory for it: nothing was shown, so nothing is said
 
@@ -88,6 +89,8 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
 
     trial = Trial(inputs, first, setting, call, judge, other)
     trial.configurations, trial.unpin = _configurations(kernel, session)
+    trial.tiles = session.loaded.tiles
+    trial.watched = lambda same: runner.call(kernel, same, session)
     if session.evidence == "device":
 
         def replayed(several: Sequence[Inputs], world: World) -> list[Run] | str:

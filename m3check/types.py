@@ -281,7 +281,8 @@ class Profile:
     """How fp32 operands are multiplied on a device."""
     bitwise: frozenset[str] = frozenset()
     """Further promises: `repeat` (the same bits twice), `far_rows` (query tokens whose offset passes 2^31 elements),
-    `graph` (a CUDA graph can capture the kernel)."""
+    `graph` (a CUDA graph can capture the kernel), `apart` (channels, ids and score columns of any stride), `empty` (a batch
+    without queries gives an empty result)."""
 
 
 @dataclass(frozen=True)

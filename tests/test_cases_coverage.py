@@ -87,7 +87,7 @@ def test_a_value_that_is_often_refused_hides_the_rest_of_its_case():
 
 
 def test_lists_are_canonical_and_without_repetition():
-    names = ("smoke", "real", "probes", "ci", "probes_full", "full", "long")
+    names = ("smoke", "real", "probes", "named", "ci", "probes_full", "full", "long")
     lines = [line for name in names for line in listed(name)]
     assert len(lines) == len(set(lines))
     assert lines == [case_id(case) for case in listed_cases(*names)]

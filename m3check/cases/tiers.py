@@ -1,8 +1,8 @@
 """Named sets of cases: `smoke` within `ci` within `full`, and `production`, the shapes of real calls.
 
 The lists are data (one id a line), so that a change shows in a diff and an upgrade of anything changes none of them.
-`smoke`, `real` and the probes are written by hand; `ci` and `full` add what `python -m m3check.cases.covering` wrote: every
-pair of axis values.
+`smoke`, `real`, `named` and the probes are written by hand; `ci` and `full` add what `python -m m3check.cases.covering`
+wrote: every pair of axis values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ DATA = Path(__file__).parent.parent / "data"
 
 LISTS: Mapping[str, tuple[str, ...]] = {  # a tier and the lists that make it up, in the order of a plan
     "smoke": ("smoke",),
-    "ci": ("smoke", "real", "probes", "ci"),
-    "full": ("smoke", "real", "probes", "ci", "probes_full", "full", "long"),
+    "ci": ("smoke", "real", "probes", "named", "ci"),
+    "full": ("smoke", "real", "probes", "named", "ci", "probes_full", "full", "long"),
 }
 
 TIERS: Mapping[str, str] = {

@@ -66,6 +66,8 @@ CHECKS: tuple[Check, ...] = (
           "tensors beyond 1 GB; a read of the wrong cell", accesses.check_memory),
     Check("guards", "", "writes around and between the rows of a buffer", "memory that nobody watches",
           integrity.check_guards),
+    Check("given", "", "a result that is returned, and not in the buffer that was given for it", "buffers never given",
+          integrity.check_given),
     Check("inputs", "", "writes into inputs", "a value written back unchanged", integrity.check_inputs),
     Check("padding", "", "writes past the last block of a fresh result", "results whose memory was not filled",
           integrity.check_beyond),
@@ -87,6 +89,7 @@ def compare(
     """
     view = View(OPS[problem.case.op], problem, run, expected, setting, expected_on)
     findings: list[Finding] = []
+    own = {name for op in (view.op.name, *view.op.chain) for name in OPS[op].outputs}
     guilty = ""
     for check in CHECKS:
         if check.output and check.output not in run.outputs:
@@ -94,6 +97,8 @@ def compare(
         if check.output and not run.outputs[check.output].numel():
             continue
         new = check.run(view)
+        if check.output and check.output not in own:  # scores of a selection: only what is wrong with them is told
+            new = [finding for finding in new if finding.status is not Status.PASSED]
         if view.op.chain and not guilty and any(f.status is Status.FAILED for f in new):
             guilty = _stage(view, check.output)
         findings += new
@@ -106,4 +111,4 @@ def compare(
 def _stage(view: View, output: str) -> str:
     """The op of a chain that gives an output."""
     given = {name: op for op in reversed(view.op.chain) for name in OPS[op].outputs}
-    return given.get(output, view.op.name)
+    return given.get(output, view.op.chain[0] if output == "score" else view.op.name)

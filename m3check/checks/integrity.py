@@ -19,6 +19,19 @@ def check_guards(view: View) -> list[Finding]:
     return [Finding("guards", Status.PASSED, 0.0, 0.0)]
 
 
+def check_given(view: View) -> list[Finding]:
+    """Where a kernel was given a buffer and returned another tensor, the buffer holds the result all the same."""
+    from m3check.checks.invariants.trial import difference
+
+    for name, held in view.run.given.items():
+        found = difference(view, {name: view.actual(name)}, {name: held.to(view.actual(name).dtype)})
+        if found is not None:
+            count, where, values = found
+            hint = f"{count} cells of the buffer are not what was returned, whose reader may be either: {values}"
+            return [Finding("given", Status.FAILED, float(count), 0.0, where, hint)]
+    return []
+
+
 def check_inputs(view: View) -> list[Finding]:
     """Inputs keep their bits."""
     for frozen in view.run.frozen:

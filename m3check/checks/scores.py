@@ -94,7 +94,7 @@ def check_values(view: View) -> list[Finding]:
     forced = expected != plain
     forced &= ~(expected.isnan() & plain.isnan())
     findings = []
-    if view.op.name == "index_decode_score" and view.case.init_blocks + view.case.local_blocks > 0:
+    if view.op.phase == "decode" and view.case.init_blocks + view.case.local_blocks > 0:
         findings.append(_forced(view, actual, expected, forced))
     judge = visible_cells(view) & expected.isfinite() & plain.isfinite()
     if view.setting.profile.forced_scores:

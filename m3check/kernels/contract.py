@@ -85,6 +85,12 @@ OPTIONAL = frozenset(
 """Parameters that a kernel may do without: buffers, where it returns its result, and what follows from the others."""
 
 
+RESULT_IN: Mapping[str, str] = {"score": "score_out", "ids": "out", "out": "output"}
+"""The buffer that a caller reads an output from, where it gave one."""
+
+CHANNELLED = frozenset({"idx_q", "index_kv_cache", "q", "kv_cache", "topk_idx", "score", *RESULT_IN.values()})
+"""Tensors whose last dimension may be strided, for kernels that promise to bear it."""
+
 TOKEN_DIMENSION: Mapping[str, int] = {
     "idx_q": 0, "q": 0, "output": 0, "topk_idx": 1, "score": 1, "out": 1, "score_out": 1,
 }  # fmt: skip
@@ -147,6 +153,7 @@ def _call_chain(kernel: Kernel, inputs: Inputs, world: World, observe: Observe |
         total.guards += run.guards
         total.frozen += run.frozen
         total.beyond |= run.beyond
+        total.given |= run.given
     return total
 
 
@@ -172,9 +179,17 @@ class Prepared:
         return returned if returned is not None else buffer.view  # type: ignore[union-attr]
 
     def take(self, result: Any) -> Run:
-        """The run with a copy of `result` in logical form."""
-        _take(self.run, self.kernel, OPS[self.kernel.op].outputs[0], result, self.inputs)
-        return self.run
+        """The run with a copy of `result` in logical form, and of the scores that a selection was given a buffer for."""
+        run, output = self.run, OPS[self.kernel.op].outputs[0]
+        run.outputs[output], beyond = _logical(self.kernel, output, result, self.inputs)
+        if beyond is not None:
+            run.beyond[output] = beyond
+        buffer = self.buffers.get(RESULT_IN[output])
+        if buffer is not None and result.untyped_storage().data_ptr() != buffer.view.untyped_storage().data_ptr():
+            run.given[output], _ = _logical(self.kernel, output, buffer.view, self.inputs)
+        if output == "ids" and "score_out" in self.buffers:
+            run.outputs["score"], _ = _logical(self.kernel, "score", self.buffers["score_out"].view, self.inputs)
+        return run
 
 
 def _call_one(kernel: Kernel, inputs: Inputs, world: World, upstream: dict[str, Tensor], observe: Observe | None) -> Run:
@@ -203,7 +218,7 @@ def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str,
     case = inputs.case
     first = paging.far_page(case, reads_index) if world.far else 0
     pages = paging.Pages.shuffled(salted, "index" if reads_index else "main", device, world, first)
-    query_len = max(case.query_lens, default=0)
+    query_len = max(case.query_lens, default=1)  # a decode batch of no requests still has one
     starts = [request.query_start for request in case.requests()] + [case.total_queries]
 
     arguments: dict[str, Any] = {
@@ -238,6 +253,8 @@ def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str,
                     "cu_seqlens_q", "seq_lens", "prefix_lens")  # fmt: skip
     watched = [name for name in frozen_names if name in accepted and arguments.get(name) is not None]
     run.frozen = [paging.Frozen.of(name, arguments[name], _touched(name, arguments[name], pages)) for name in watched]
+    if world.own_buffers:
+        accepted -= _without(kernel.function)
     buffers = _buffers(op, inputs, accepted, device, world)
     run.guards = list(buffers.values())
     arguments |= {name: guard.view for name, guard in buffers.items()}
@@ -247,6 +264,11 @@ def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str,
                 arguments[name] = paging.with_far_rows(arguments[name], dim)
                 if name in buffers:
                     buffers[name].view = arguments[name]
+    if world.apart:
+        for name in CHANNELLED & accepted & {name for name, value in arguments.items() if value is not None}:
+            arguments[name] = paging.apart(arguments[name])
+            if name in buffers:
+                buffers[name].view = arguments[name]
     if world.odd_strides:
         tensors = {name: value for name, value in arguments.items() if hasattr(value, "as_strided")}
         arguments |= {name: paging.oddly_strided(value) for name, value in tensors.items()}
@@ -287,8 +309,20 @@ def _touched(name: str, tensor: Tensor, pages: Pages) -> Tensor | None:
     return None
 
 
-def _take(run: Run, kernel: Kernel, name: str, result: Any, inputs: Inputs) -> None:
-    """Check a result's shape and dtype, and cut it to its logical cells."""
+def _without(function: Callable[..., Any]) -> frozenset[str]:
+    """The buffers that a kernel makes itself where none is given; raises M3CheckError where it needs all of them."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        parameters = {}  # type: ignore[assignment]
+    own = frozenset(n for n in RESULT_IN.values() if n in parameters and parameters[n].default is None)
+    if not own:
+        raise M3CheckError(f"{function} has no buffer that it can do without")
+    return own
+
+
+def _logical(kernel: Kernel, name: str, result: Any, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Check a result's shape and dtype; copies of its logical cells, and of the score columns past them."""
     import torch
 
     case = inputs.case
@@ -308,12 +342,13 @@ def _take(run: Run, kernel: Kernel, name: str, result: Any, inputs: Inputs) -> N
         raise BrokenContract(f"{kernel.name} gave {name} of shape {list(result.shape)}, wanted {list(shape)}")
     if result.dtype not in dtypes:
         raise BrokenContract(f"{kernel.name} gave {name} as {result.dtype}, wanted {dtypes[0]}")
+    beyond = None
     if name == "score":
-        run.beyond[name] = result[..., shape[-1] :].detach().clone()
+        beyond = result[..., shape[-1] :].detach().clone()
         result = result[..., : shape[-1]]
     if name == "ids":
         result = result[:, : shape[1]]
-    run.outputs[name] = result.detach().clone()
+    return result.detach().clone(), beyond
 
 
 def _buffers(op: str, inputs: Inputs, accepted: frozenset[str], device: Any, world: World) -> dict[str, Guard]:
@@ -332,7 +367,8 @@ def _buffers(op: str, inputs: Inputs, accepted: frozenset[str], device: Any, wor
     if "out" in accepted:
         shape = [case.kv_heads, case.total_queries, case.topk]
         stale = paging.IMPOSSIBLE_ID if world.poison == "nan" else 0
-        buffers["out"] = paging.guarded("out", shape, stale, torch.int32, device, strided=strided)
+        spare = paging.SPARE_ROWS if strided else 0
+        buffers["out"] = paging.guarded("out", shape, stale, torch.int32, device, strided=strided, spare=spare)
     if "score_out" in accepted:
         shape = [case.kv_heads, case.total_queries, -(-case.block_columns // 16) * 16]
         buffers["score_out"] = paging.guarded("score_out", shape, unwritten, torch.float32, device, strided=strided)

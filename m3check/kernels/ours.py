@@ -36,7 +36,8 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         check_signature(op, function, name)
         kernels[op] = Kernel(spec.text, op, op, getattr(module, "PROFILE", Profile()), function)
     all_kernels, all_missing = with_chains(kernels, missing)
-    return Loaded(spec, all_kernels, all_missing)
+    tiles = importlib.import_module(f"{PACKAGE}.tiles").CHOICES if evidence == "interpreted" else ()
+    return Loaded(spec, all_kernels, all_missing, tiles=tiles)
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:

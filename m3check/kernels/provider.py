@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from m3check.arch import Arch
@@ -61,6 +62,8 @@ class Loaded:
     refusal: Refusal = _accepts
     dependent_launch: Callable[[bool], None] | None = None
     """Switches programmatic dependent launch on and off, where the kernels use it."""
+    tiles: Sequence[tuple[str, Callable[[], AbstractContextManager[None]]]] = ()
+    """Named tile sizes and split counts that must not change a result, and what sets each for a while."""
 
     @classmethod
     def of(cls, kernels: Mapping[str, Kernel]) -> Loaded:

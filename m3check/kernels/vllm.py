@@ -169,6 +169,7 @@ def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
         dequantise="rounded",
         partials="query",
         fp32_dot="tf32" if arch.vendor == "nvidia" else "ieee",
+        bitwise=frozenset() if "amd.ops" in choice.module else frozenset({"apart", "empty"}),
     )
 
 

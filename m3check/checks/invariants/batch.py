@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from m3check.checks.invariants.regroup import Part, assembled, put_back, taken
-from m3check.checks.invariants.trial import Trial
+from m3check.checks.invariants.trial import Trial, damage
 from m3check.paging import Run, World
 from m3check.types import OPS, Case, Finding, Inputs
 
@@ -62,6 +62,19 @@ def padded(trial: Trial) -> list[Finding]:
     rows = rows.where(torch.tensor(keep, device=rows.device), -1)
     run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
     return [trial.same("padded", "padded rows of length 0 stood between the requests", run, bitwise=False)]
+
+
+def empty(trial: Trial) -> list[Finding]:
+    """No query at all: prefill requests without queries, or a decode batch of no requests."""
+    case = trial.inputs.case
+    decode = OPS[case.op].phase == "decode"
+    parts = [] if decode else [Part(r, 0, 0, r.kv_len) for r in case.requests()]
+    inputs, _ = assembled(trial.inputs, parts)
+    words = "no request was in the batch" if decode else "no request had a query"
+    broken = damage(trial.call(inputs, World()))
+    if broken is None:
+        return [trial.passed("empty")]
+    return [trial.unless_promised(replace(broken, check="empty", hint=f"{words}: {broken.hint}"))]
 
 
 def reordered(inputs: Inputs, dead: bool = False) -> Inputs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,10 +54,20 @@ def far_pages(trial: Trial) -> list[Finding]:
 def far_rows(trial: Trial) -> list[Finding]:
     """Rows so far apart that token · stride passes 2^31 elements, which only a kernel that promises it must bear."""
     words = "query tokens times their stride passed 2^31 elements"
-    finding = _in_an_arena(trial, "far_rows", words, World(far_rows=True))
-    if finding.status is Status.FAILED and "far_rows" not in trial.setting.profile.bitwise:
-        return [replace(finding, status=Status.NOTED, hint=f"{finding.hint}; this kernel does not promise such strides")]
-    return [finding]
+    return [trial.unless_promised(_in_an_arena(trial, "far_rows", words, World(far_rows=True)))]
+
+
+def channels_apart(trial: Trial) -> list[Finding]:
+    """Every second element of each row, which only a kernel that promises it must bear."""
+    run = trial.call(trial.inputs, World(apart=True))
+    finding = trial.same("apart", "channels, ids and score columns were two elements apart", run)
+    return [trial.unless_promised(finding)]
+
+
+def own_buffers(trial: Trial) -> list[Finding]:
+    """No buffer for what the kernel can allocate itself."""
+    run = trial.call(trial.inputs, World(own_buffers=True))
+    return [trial.same("own_buffers", "no buffer was given", run)]
 
 
 def _in_an_arena(trial: Trial, name: str, words: str, world: World) -> Finding:
@@ -66,6 +75,17 @@ def _in_an_arena(trial: Trial, name: str, words: str, world: World) -> Finding:
     if trial.setting.evidence == "device":
         torch.cuda.empty_cache()  # other workers share the GPU
     return finding
+
+
+MILLION = 1 << 20
+"""Tokens of M3's longest context."""
+
+
+def longest(trial: Trial) -> list[Finding]:
+    """max_seq_len and block table of a graph that was captured for M3's longest context."""
+    world = World(max_seq_len=MILLION, columns=MILLION // BLOCK)
+    run = trial.call(trial.inputs, world)
+    return [trial.same("longest", f"max_seq_len was {MILLION}", run, bitwise=False)]
 
 
 def room(trial: Trial) -> list[Finding]:

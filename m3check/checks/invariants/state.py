@@ -92,6 +92,19 @@ def configurations(trial: Trial) -> list[Finding]:
     return findings or ([trial.passed("autotune")] if tried else [])
 
 
+def tiles(trial: Trial) -> list[Finding]:
+    """Tile sizes and split counts, set in turn, memory watched: the result may differ by rounding alone."""
+    assert trial.watched is not None
+    findings = []
+    for words, pinned in trial.tiles:
+        with pinned():
+            run = trial.watched(trial.inputs)
+        finding = trial.judged("tiles", f"with {words}", trial.inputs, run)
+        if finding.status is not Status.PASSED:
+            findings.append(finding)
+    return findings or ([trial.passed("tiles")] if trial.tiles else [])
+
+
 def _does_not_compile(error: BaseException | None) -> bool:
     """Whether a static assertion ruled a configuration out, which the autotuner would skip too."""
     while error is not None:

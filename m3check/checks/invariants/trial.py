@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.paging import Run, World, words
 from m3check.types import OPS, Finding, Inputs, Status
+
+UNPROMISED = "this kernel does not promise to bear that"
 
 REPEATS = 3
 """Calls that must give the same bits before other bits are blamed on a change."""
@@ -39,6 +42,10 @@ class Trial:
     configurations: Sequence[tuple[str, Callable[[], Any]]] = ()
     """Named configurations of the kernels behind this one, and what pins each."""
     unpin: Callable[[], Any] = lambda: None
+    tiles: Sequence[tuple[str, Callable[[], AbstractContextManager[None]]]] = ()
+    """Named tile sizes and split counts of the provider's kernels, and what sets each for a while."""
+    watched: Callable[[Inputs], Run] | None = None
+    """The kernel called once more as it was first, every access to memory watched."""
     replay: Callable[[Sequence[Inputs], World], list[Run] | str] | None = None
     """Capture a graph on the first inputs and replay it on the others, which differ in contents and lengths only; or the
     sentence why it cannot be captured."""
@@ -59,6 +66,12 @@ class Trial:
     def passed(self, name: str, hint: str = "") -> Finding:
         """The finding of an invariant that holds."""
         return Finding(name, Status.PASSED, 0.0, 0.0, hint=hint)
+
+    def unless_promised(self, finding: Finding) -> Finding:
+        """A finding that is named like a promise: noted where it is red and the profile does not promise it."""
+        if finding.status is not Status.FAILED or finding.check in self.setting.profile.bitwise:
+            return finding
+        return replace(finding, status=Status.NOTED, hint=f"{finding.hint}; {UNPROMISED}")
 
     def same(self, name: str, change: str, run: Run, *, rows: Tensor | None = None, bitwise: bool = True) -> Finding:
         """Hold a run (rows in the order of the first) against the first one, in promised cells of `rows` [T] bool.
@@ -146,6 +159,8 @@ def difference(
 ) -> tuple[int, str, str] | None:
     """(how many cells differ in bits, where the first is, both values) of two outcomes; None where they are the same."""
     for name, mask in promised(view).items():
+        if name not in one or name not in two:  # scores, where a selection was given no buffer for them
+            continue
         a, b = one[name], two[name]
         if a.dtype != b.dtype:
             return a.numel(), name, f"dtype {a.dtype}, then {b.dtype}"
@@ -172,4 +187,4 @@ def merged(
 ) -> dict[str, Tensor]:
     """The second outcome in promised cells of `rows`, the first everywhere else."""
     cells = promised(view)
-    return {name: two[name].where(compared(view, name, cells[name], rows), one[name]) for name in cells}
+    return {name: two[name].where(compared(view, name, cells[name], rows), one[name]) for name in cells if name in two}

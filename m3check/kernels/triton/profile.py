@@ -14,5 +14,5 @@ PROFILE = Profile(
     dequantise="rounded",
     partials="fp32",
     fp32_dot="ieee",
-    bitwise=frozenset({"repeat", "far_rows", "graph"}),
+    bitwise=frozenset({"repeat", "far_rows", "graph", "apart", "empty"}),
 )

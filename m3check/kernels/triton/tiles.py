@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -81,3 +86,32 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     if not wide:
         return torch.bfloat16
     return wide.pop() if len(wide) == 1 else torch.float32
+
+
+@contextmanager
+def chosen(**figures: Callable[..., Any]) -> Iterator[None]:
+    """Other functions of this file in place of those of the same name."""
+    before = {name: globals()[name] for name in figures}
+    globals().update(figures)
+    try:
+        yield
+    finally:
+        globals().update(before)
+
+
+CHOICES = (
+    ("the tile sizes of a device", partial(chosen, interpreted=lambda: False)),
+    (
+        "the smallest tiles and as many parts as can be",
+        partial(
+            chosen,
+            splits=lambda programs, most: most,
+            score_rows=lambda rows, dtype: 16,
+            score_keys=lambda dtype: 32,
+            attention_keys=lambda dtype: 32,
+            selection=lambda columns, rows: (2, 16),
+        ),
+    ),
+    ("no parts", partial(chosen, splits=lambda programs, most: 1)),
+)
+"""What must not change a result beyond its rounding, to be tried where the interpreter's own figures would hide a loop."""
