@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3check import arch as arches
 from m3check import cases as _cases
-from m3check import isolate, journal, kernels, power, runner
+from m3check import dispatch, gate, isolate, journal, kernels, power, runner
 from m3check.compiled.report import told_once
+from m3check.report import FILES
 from m3check.report.jsonfile import SCHEMA_VERSION
+from m3check.report.tally import GATE
 from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     options = _options(options, flags)
     arch = arches.find_arch(options.arch)
     evidence, device, why = runner.evidence_for(arch)
+    gated = gate.Gate(options)  # a ledger that cannot be read must not cost a night
     for text in options.kernels:  # fetched first: a plan knows a wheel's kernels only once they are in the cache
         for warning in kernels.prepare(kernels.parse_spec(text), options.offline):
             print(f"m3check: {text}: {warning}", file=sys.stderr)
@@ -141,7 +144,8 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     facts["seconds"] = round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1)
     ordered = told_once([results[k] for line in lines if (k := _key(line)) in results])
     facts["power"] = power.summary(ordered)
-    return _record(ordered, facts, options, interrupted)
+    facts["dispatch"] = dispatch.summary(arch.name, ordered, facts.get("providers", {}))
+    return _record(gated, ordered, facts, interrupted)
 
 
 def _introduce(hellos: Mapping[Group, Mapping[str, Any]], options: RunOptions) -> dict[str, Any]:
@@ -180,6 +184,8 @@ def _run_due(
         "torch": facts["torch"],
         "triton": facts["triton"],
     }
+    for name in FILES.values():  # where this run is killed, an earlier one's report must not stand for it
+        (options.folder / name).unlink(missing_ok=True)
     book = journal.Journal(options.folder / "journal.jsonl", fingerprint, options.resume)
     try:
         tasks: dict[Group, list[PlanLine]] = {}
@@ -230,11 +236,22 @@ def default_jobs(evidence: str) -> int:
     return min(cores, 16) if evidence == "device" else cores
 
 
-def _record(results: tuple[Result, ...], facts: dict[str, Any], options: RunOptions, interrupted: bool) -> Record:
+def _record(gated: gate.Gate, ordered: tuple[Result, ...], facts: dict[str, Any], interrupted: bool) -> Record:
     from m3check import __version__
     from m3check.report import exits
 
-    verdict = exits.judge(results, options.kernels, strict=options.strict, require=options.require, interrupted=interrupted)
+    options, judged = gated.options, gated.judge(ordered, broken=interrupted)
+    results = judged.results
+    if judged.facts is not None:
+        facts[GATE] = judged.facts
+    verdict = exits.judge(
+        results,
+        options.kernels,
+        strict=options.strict,
+        require=options.require,
+        interrupted=interrupted,
+        breaches=[breach.sentence for breach in judged.breaches],
+    )
     return Record(
         schema_version=SCHEMA_VERSION,
         tool={"name": "m3check", "version": __version__},

@@ -10,7 +10,7 @@ import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from m3check.commands.talk import drop_stdout, talk
 
@@ -30,8 +30,8 @@ COMMANDS = (  # in the order of the help: name, one line
 EXIT_CODES = """\
 exit codes:
   0  every named provider gave results and none is red
-  1  a result is failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive);
-     for compare: a regression
+  1  a result is failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive),
+     or a floor or ledger breach; for compare: a regression
   2  interrupted
   3  internal error
   4  usage, or a named provider cannot be found
@@ -82,7 +82,11 @@ def parser() -> argparse.ArgumentParser:
         "--growth", type=float, metavar="X", help="factor of measured/limit that is a regression (default 2: a lost bit)"
     )
     made["merge"].add_argument("records", nargs="+", metavar="RECORD", help="report.json, or the folder that holds it")
+    _gate(made["merge"])
     made["merge"].add_argument("--out", metavar="DIR", help="write the reports there (default: report.json on stdout)")
+    made["doctor"].add_argument(
+        "--show-config", action="store_true", help="only print each setting with its origin (m3check.toml, M3CHECK_*)"
+    )
     _mutants(made["mutants"])
     return whole
 
@@ -90,9 +94,7 @@ def parser() -> argparse.ArgumentParser:
 def _selection(command: argparse.ArgumentParser) -> None:
     """What `run` and `list` agree on: which cases, on whose kernels, for which target."""
     choice = command.add_argument_group("what")
-    choice.add_argument(
-        "--arch", required=True, metavar="ARCH", help="target: sm80 … sm121, gfx942, gfx950 (m3check archs)"
-    )
+    choice.add_argument("--arch", metavar="ARCH", help="target, required: sm80 … sm121, gfx942, gfx950 (m3check archs)")
     choice.add_argument(
         "--kernels",
         nargs="+",
@@ -107,7 +109,7 @@ def _selection(command: argparse.ArgumentParser) -> None:
     choice.add_argument("--shard", type=_shard, metavar="I/N", help="the I-th of N parts, stable by case id")
     choice.add_argument("--seed", type=int, metavar="N", help="other random inputs; becomes part of the case ids (~N)")
     choice.add_argument("--require", metavar="EVIDENCE", help="only device, interpreted or compiled results count")
-    choice.add_argument("--offline", action="store_true", help="never connect; a wheel must be in the cache")
+    _switch(choice, "--offline", help="never connect; a wheel must be in the cache")
 
 
 def _running(command: argparse.ArgumentParser) -> None:
@@ -115,10 +117,29 @@ def _running(command: argparse.ArgumentParser) -> None:
     how.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: as the machine allows)")
     how.add_argument("--timeout", type=float, metavar="S", help="seconds a case, compilation apart (default 120)")
     how.add_argument("--resume", action="store_true", help="keep what the folder's journal holds, run the rest")
-    how.add_argument("--strict", action="store_true", help="noted, mistrusted and inconclusive are red as well")
+    _switch(how, "--strict", help="noted, mistrusted and inconclusive are red as well")
     how.add_argument("--sanitize", action="store_true", help="not available in this version: exits 4")
     how.add_argument("--save-failures", type=int, metavar="N", help="not available in this version: exits 4")
+    _gate(how)
     how.add_argument("--out", metavar="DIR", help="folder of journal and reports (default reports/<arch>/)")
+
+
+def _gate(command: Any) -> None:
+    """What `run` and `merge` judge results by (docs/ci.md)."""
+    command.add_argument("--ledger", metavar="FILE", help="TOML file of known failures (docs/ci.md)")
+    command.add_argument(
+        "--floor",
+        nargs="+",
+        action="extend",
+        metavar="KEY=VALUE",
+        help="the least that must be shown: min_cases=10, min_cases.OP=40, evidence=device, max_skipped=0, max_known=…, "
+        "max_mistrusted=…, max_inconclusive=…; none waives what the settings file asks",
+    )
+
+
+def _switch(command: Any, flag: str, help: str) -> None:
+    """A flag that a settings file may have switched on, and that can be switched off again."""
+    command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
 
 
 def _mutants(command: argparse.ArgumentParser) -> None:

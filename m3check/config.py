@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from m3check.types import Evidence, M3CheckError, Result
@@ -59,7 +59,13 @@ class RunOptions:
     offline: bool = False
     sanitize: bool = False
     save_failures: int = 0
+    ledger: Path | None = None
+    """TOML file of known failures, see m3check/ledger.py."""
+    floors: tuple[str, ...] = ()
+    """The least that a whole run must show, as `min_cases=10`; see m3check/floors.py."""
     out: Path | None = None
+    shown: frozenset[str] = field(default=frozenset(), compare=False)
+    """Fields that `command` says though they have their default, because a settings file has another value."""
     progress: Callable[[Event], None] | None = None
 
     def __post_init__(self) -> None:
@@ -88,6 +94,10 @@ class RunOptions:
         if self.save_failures:
             raise M3CheckError("--save-failures is not available in this version")
         matcher(self.expr)
+        if self.floors:
+            from m3check.floors import parse
+
+            parse(self.floors)
 
     @property
     def folder(self) -> Path:
@@ -97,14 +107,14 @@ class RunOptions:
     @property
     def command(self) -> str:
         """The command line that asks for this run, flags in the order of the help, defaults left out."""
-        default = {field.name: field.default for field in fields(self)}
+        default = {each.name: each.default for each in fields(self) if each.name not in self.shown}
         words = ["m3check", "run", "--arch", self.arch]
         for name, flag in _FLAGS:
             value = getattr(self, name)
-            if value == default[name]:
+            if (name in default and value == default[name]) or value in ((), "", None):
                 continue
-            if value is True:
-                words.append(flag)
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
             elif name == "shard":
                 words += [flag, f"{value[0]}/{value[1]}"]
             elif isinstance(value, tuple):
@@ -128,6 +138,8 @@ _FLAGS = (  # field, flag
     ("require", "--require"),
     ("strict", "--strict"),
     ("offline", "--offline"),
+    ("ledger", "--ledger"),
+    ("floors", "--floor"),
     ("out", "--out"),
 )
 

@@ -372,7 +372,7 @@ def test_compare_exits_1_on_a_regression_alone(m3check: Main) -> None:
     code, out, err = m3check("compare old new")
     assert code == 1
     assert "Turned red (1)" in out
-    assert err == "m3check: exit 1: 1 regressions, 1 results in both\n"
+    assert err == "m3check: exit 1: 1 regression, 1 results in both\n"
     Path("old/report.json").write_text("{")
     assert m3check("compare old new")[0] == 4
 

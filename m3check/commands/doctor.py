@@ -10,11 +10,33 @@ from m3check.commands.talk import emit, talk
 MARKS = {"ok": "ok", "missing": "MISSING", "broken": "BROKEN", "info": "-"}
 
 
-def main(_arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     """Print what was found as it is found; exits 4 where `m3check run` could not work."""
+    if arguments.show_config:
+        emit(show_config())
+        return 0
     bad = 0
     for line in doctor.examine():
         bad += line.state in ("missing", "broken")
         emit(f"{MARKS[line.state]:<8} {line.what}: {line.found}" + (f"\n         → {line.advice}" if line.advice else ""))
     talk(f"m3check: exit {4 if bad else 0}: " + (f"{bad} things to mend" if bad else "ready"))
     return 4 if bad else 0
+
+
+def show_config() -> str:
+    """Each setting below the command line, with who said so."""
+    from pathlib import Path
+
+    from tabulate import tabulate
+
+    from m3check.settings import load
+
+    def told(value: object) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, tuple):
+            return " ".join(value)
+        return "" if value is None else str(value)
+
+    rows = [(word, told(each.value), each.origin) for word, each in load(folder=Path()).items()]
+    return tabulate(rows, headers=["setting", "value", "origin"], tablefmt="plain", disable_numparse=True)

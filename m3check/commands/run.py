@@ -16,21 +16,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from m3check.commands import github
 from m3check.commands.options import options as options_of
 from m3check.commands.progress import Progress
 from m3check.commands.talk import drop_stdout, emit, talk
-from m3check.config import RunOptions
+from m3check.config import Event, RunOptions
+from m3check.gate import Gate
 from m3check.types import Exit, M3CheckError, Record, Result
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run, write the reports, print the summary; the last line on stderr says code, reason and where the report is."""
-    progress = Progress(sys.stderr, bool(arguments.strict))
-    options = options_of(arguments, progress)
+    options = options_of(arguments)
     if sys.platform != "linux":
         raise M3CheckError(f"kernels run on Linux only, this is {sys.platform}; list, show and compare work here")
     from m3check.report.files import check_writable
 
+    gate = Gate(options)
+    progress = Progress(sys.stderr, options.strict)
+    options = replace(options, progress=lambda event: progress(_covered(event, gate)))
     check_writable(options.folder)
     try:
         with _signals(signal.SIGTERM, _interrupt):  # what ends a job in CI must leave a report as ctrl-C does
@@ -44,8 +48,14 @@ def main(arguments: argparse.Namespace) -> int:
     with _signals(signal.SIGINT, signal.SIG_IGN):  # a second ctrl-C must not cut the report off
         record, report = _write(record, options.folder)
     _print(record)
+    github.tell(record)
     talk(f"m3check: exit {record.exit.code}: {record.exit.reason}; report: {report}")
     return record.exit.code
+
+
+def _covered(event: Event, gate: Gate) -> Event:
+    """An event whose result is told as the ledger has it."""
+    return event if event.result is None else replace(event, result=gate.cover(event.result))
 
 
 def _run(options: RunOptions, progress: Progress) -> Record:
@@ -120,7 +130,8 @@ def _print(record: Record) -> None:
     from m3check.report import markdown
 
     try:
-        emit(f"{markdown.head(record)}\n\n{markdown.summary(record)}".rstrip())
+        sections = (markdown.head, markdown.gate, markdown.summary)
+        emit("\n\n".join(text for section in sections if (text := section(record))))
     except OSError as error:  # the report has it all: what becomes of its summary changes no exit code
         drop_stdout()
         talk(f"m3check: the summary cannot be written to stdout: {_os(error)}")

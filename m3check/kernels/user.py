@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -52,7 +53,13 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         raise M3CheckError(f"{spec.text} defines no kernel; wanted functions named {', '.join(SIGNATURES)}")
     missing = {op: f"{spec.text} defines no {op}" for op in SIGNATURES if op not in kernels}
     all_kernels, all_missing = with_chains(kernels, missing)
-    return Loaded(spec, all_kernels, all_missing, {"from": getattr(module, "__file__", None) or spec.text})
+    return Loaded(spec, all_kernels, all_missing, {"from": getattr(module, "__file__", None) or spec.text, **_hash(module)})
+
+
+def _hash(module: ModuleType) -> dict[str, str]:
+    """What tells two versions of a kernel file apart, for a resumed run and for a merge."""
+    path = Path(getattr(module, "__file__", None) or "")
+    return {f"sha256 {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()} if path.is_file() else {}
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:

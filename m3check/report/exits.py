@@ -19,7 +19,8 @@ NOTHING_RAN = 5
 
 MEANING = {
     OK: "every named provider gave results and none is red",
-    RED_RESULTS: "failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive)",
+    RED_RESULTS: "failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive), "
+    "or a floor or ledger breach",
     INTERRUPTED: "interrupted",
     INTERNAL: "internal error",
     USAGE: "usage, or a named provider cannot be found",
@@ -34,11 +35,13 @@ def judge(
     strict: bool = False,
     require: Evidence | None = None,
     interrupted: bool = False,
+    breaches: Sequence[str] = (),
 ) -> Exit:
-    """The exit of a run.
+    """The exit of a run; `breaches` are the sentences of its gate.
 
     `named` are the providers as the user named them; results of others never change the code. With `require` only results
-    of that evidence count as having run. Red weighs more than missing: a run that is both exits 1 and says both.
+    of that evidence count as having run. Red weighs more than missing: a run that is both exits 1 and says both. Where
+    nothing ran at all, that is the exit, whatever else was breached.
     """
     results = list(results)
     if interrupted:
@@ -51,10 +54,11 @@ def judge(
     missing = f"no {kind}result for {', '.join(silent)}" if silent and ran else ""
     if red:
         worst = ", ".join(f"{n} {word}" for word, n in sorted(red.items(), key=lambda item: (-item[1], item[0])))
-        reason = f"{worst} of {len(ran)} results" + (f"; {missing}" if missing else "")
-        return Exit(RED_RESULTS, reason)
+        return Exit(RED_RESULTS, "; ".join(filter(None, [f"{worst} of {len(ran)} results", missing, _first(breaches)])))
     if not ran:
         return Exit(NOTHING_RAN, _why_nothing(counted, kind))
+    if breaches:
+        return Exit(RED_RESULTS, "; ".join(filter(None, [_first(breaches), missing, f"{len(ran)} results, none red"])))
     if missing:
         return Exit(NOTHING_RAN, f"{missing}; {len(ran)} results of the others, none red")
     weak = Counter(r.status.value for r in ran if r.status is not Status.PASSED)
@@ -67,6 +71,12 @@ def judge(
 def belongs(provider: str, name: str) -> bool:
     """Whether a result's provider is the one that was named; a name without a version stands for any version."""
     return provider == name or provider.startswith(f"{name}==")
+
+
+def _first(breaches: Sequence[str]) -> str:
+    """The first breach in full; the report has the others."""
+    more = len(breaches) - 1
+    return breaches[0] + (f" (and {more} more breaches)" if more > 0 else "") if breaches else ""
 
 
 def _why_nothing(counted: Sequence[Result], kind: str) -> str:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from m3check.report.markdown import sentence, telling
 from m3check.report.tables import clean, figure, groups, machine, worst_ratio
-from m3check.report.tally import red_word, strict
+from m3check.report.tally import breaches, red_word, strict
 from m3check.types import Record, Result, Status
 
 
@@ -21,7 +21,9 @@ def render(records: Sequence[Record]) -> str:
         for op, provider, results in groups(record.results):
             _suite(root, record, f"{record.arch}.{provider}.{op}", results)
         if record.exit.code not in (0, 1):
-            _broken(root, record)
+            _broken(root, record, "run", record.exit.reason)
+        elif told := breaches(record):
+            _broken(root, record, "gate", "\n".join(breach.sentence for breach in told))
     for name in ("tests", "failures", "errors", "skipped"):
         root.set(name, str(sum(int(suite.get(name, "0")) for suite in root)))
     ElementTree.indent(root)
@@ -72,14 +74,13 @@ def _tag(result: Result, stern: bool) -> str | None:
     return None if result.status is Status.PASSED else "skipped"
 
 
-def _broken(root: ElementTree.Element, record: Record) -> None:
-    """A run that ended otherwise than with a verdict (nothing ran, interrupted) must not be drawn green."""
-    name = f"{record.arch}.run"
+def _broken(root: ElementTree.Element, record: Record, what: str, told: str) -> None:
+    """What is red though no case is (nothing ran, a floor that was not met) must not be drawn green."""
+    name = f"{record.arch}.{what}"
     suite = ElementTree.SubElement(
         root, "testsuite", name=clean(name), failures="0", errors="1", skipped="0", tests="1", time="0.000"
     )
-    case = ElementTree.SubElement(suite, "testcase", classname=clean(name), name="run", time="0.000")
-    error = ElementTree.SubElement(
-        case, "error", type=f"m3check.exit.{record.exit.code}", message=clean(record.exit.reason)
-    )
-    error.text = clean(record.command)
+    case = ElementTree.SubElement(suite, "testcase", classname=clean(name), name=what, time="0.000")
+    message = " ".join(clean(told).split())
+    error = ElementTree.SubElement(case, "error", type=f"m3check.exit.{record.exit.code}", message=message)
+    error.text = clean(f"{told}\n{record.command}" if what == "gate" else record.command)

@@ -6,7 +6,7 @@ import statistics
 from collections import Counter
 
 from m3check.report.tables import cell, code, evidence_of, figure, flat, groups, in_op_order, machine, ran, ratio, table
-from m3check.report.tally import red_word, strict
+from m3check.report.tally import GATE, breaches, red_word, strict
 from m3check.types import Finding, Record, Result, Status
 
 DETAILED = 40
@@ -15,7 +15,7 @@ DETAILED = 40
 
 def render(record: Record) -> str:
     """The whole report."""
-    sections = (head, summary, failures, margins, power, notes, doubts, skips, environment)
+    sections = (head, gate, summary, failures, margins, power, notes, doubts, skips, environment)
     return "\n\n".join(text for section in sections if (text := section(record))) + "\n"
 
 
@@ -45,6 +45,20 @@ def evidence_sentence(record: Record) -> str:
     if reason and "device" not in kinds:
         told.append(f"Why: {cell(reason)}.")
     return " ".join(told)
+
+
+def gate(record: Record) -> str:
+    """What ledger and floors say of the run as a whole, breaches first."""
+    facts = record.environment.get(GATE)
+    if not isinstance(facts, dict):
+        return ""
+    lines = [f"- **{cell(breach.sentence)}**" for breach in breaches(record)]
+    lines += [f"- not judged here: {cell(sentence)}" for sentence in facts.get("waiting", ())]
+    if facts.get("ledger"):
+        lines.append(f"- ledger {code(str(facts['ledger']))}: {facts.get('known', 0)} known failures")
+    if facts.get("floors"):
+        lines.append(f"- floors: {code(' '.join(facts['floors']))}")
+    return "## Gate\n\n" + "\n".join(lines)
 
 
 def summary(record: Record) -> str:
@@ -178,7 +192,7 @@ def skips(record: Record) -> str:
 
 def environment(record: Record) -> str:
     """Where, when and with what; the command that makes it again."""
-    facts = {name: value for name, value in record.environment.items() if name != "power"}
+    facts = {name: value for name, value in record.environment.items() if name not in ("power", GATE)}
     rows = [("m3check", record.tool.get("version", "")), *flat(facts)]
     return f"## Environment\n\n{table(['what', 'value'], rows)}\n\n```\n{record.command}\n```"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3check.report.tables import ran
+from m3check.report.tables import computed, ran
 from m3check.report.tally import strict, summarise
 from m3check.types import Exit, M3CheckError, Record, Result
 
@@ -13,15 +13,39 @@ Key = tuple[str, str, str, str]
 """case, op, provider, evidence."""
 
 
-def results_of(records: Sequence[Record]) -> tuple[Result, ...]:
-    """All results, each (case, op, provider, evidence) once.
-
-    A result that ran replaces a skip of the same case and provider; of two with the same verdict the later stays; two
-    verdicts that differ raise M3CheckError, because a merge does not choose between them.
-    """
+def one_target(records: Sequence[Record]) -> None:
+    """Raise M3CheckError where the records are of several targets."""
     if len({record.arch for record in records}) > 1:
         names = ", ".join(dict.fromkeys(record.arch for record in records))
         raise M3CheckError(f"the records are of different targets ({names}); merge takes one target, show makes the matrix")
+
+
+def one_code(records: Sequence[Record]) -> None:
+    """Raise M3CheckError where another m3check or other kernels made some of the records: parts of different runs.
+
+    Tiers differ between versions of m3check, so that shards of two of them may leave out cases; kernels are told apart by
+    the hashes and versions that providers give of themselves.
+    """
+    tools = dict.fromkeys(f"{record.tool.get('name')} {record.tool.get('version')}" for record in records)
+    if len(tools) > 1:
+        raise M3CheckError(f"the records were made by {' and '.join(tools)}; make all parts of a run with one version")
+    known: dict[tuple[str, str], Any] = {}
+    for record in records:
+        providers = record.environment.get("providers")
+        for provider, facts in providers.items() if isinstance(providers, Mapping) else ():
+            for name, value in facts.items() if isinstance(facts, Mapping) else ():
+                told = name == "version" or name.startswith("sha256")
+                if told and known.setdefault((provider, name), value) != value:
+                    raise M3CheckError(f"{provider} is not the same code in all records: its {name} differs")
+
+
+def results_of(records: Sequence[Record]) -> tuple[Result, ...]:
+    """All results, each (case, op, provider, evidence) once.
+
+    A result that ran replaces a skip of the same case and provider (compiled ones among themselves); of two with the same
+    verdict the later stays; two verdicts that differ raise M3CheckError, because a merge does not choose between them.
+    """
+    one_target(records)
     found: dict[Key, Result] = {}
     for result in (result for record in records for result in record.results):
         key = (result.case, result.op, result.provider, result.evidence)
@@ -35,8 +59,8 @@ def results_of(records: Sequence[Record]) -> tuple[Result, ...]:
                     "a merge does not choose between verdicts: leave one of the records out"
                 )
             found[key] = result
-    done = {key[:3] for key, result in found.items() if ran(result)}
-    return tuple(result for key, result in found.items() if ran(result) or key[:3] not in done)
+    done = {(*key[:3], computed(result)) for key, result in found.items() if ran(result)}
+    return tuple(r for key, r in found.items() if ran(r) or (*key[:3], computed(r)) not in done)
 
 
 def merge(records: Sequence[Record], results: tuple[Result, ...], exit: Exit, command: str) -> Record:
@@ -62,8 +86,8 @@ def _environments(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     together: dict[str, Any] = {}
     for name in names:
         values = [each[name] for each in facts if name in each]
-        if name == "power":
-            continue  # it counts cases, which records may share
+        if name in ("power", "dispatch"):
+            continue  # they count cases, which records may share
         if all(isinstance(value, Mapping) for value in values):
             together[name] = _environments(values)
         elif all(value == values[0] for value in values):

@@ -64,6 +64,11 @@ def ran(result: Result) -> bool:
     return result.status is not Status.SKIPPED
 
 
+def computed(result: Result) -> bool:
+    """Whether its kind of evidence computes anything: what is cross-compiled beside stands for itself."""
+    return result.evidence != "compiled"
+
+
 def evidence_of(record: Record) -> list[Evidence]:
     """The kinds of evidence of what ran, the weightiest first."""
     kinds = {result.evidence for result in record.results if ran(result)}

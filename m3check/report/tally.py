@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from m3check.types import RED, STRICTLY_RED, Record, Result, Status
+from m3check.types import RED, STRICTLY_RED, Breach, Record, Result, Status
+
+GATE = "gate"
+"""Name in a record's environment of what ledger and floors said: ledger, known, floors, breaches, waiting."""
 
 
 def red_word(result: Result, strict: bool) -> str:
@@ -14,6 +17,8 @@ def red_word(result: Result, strict: bool) -> str:
         return result.status.value
     if strict and result.status in STRICTLY_RED:
         return result.status.value
+    if result.status is Status.KNOWN:
+        return ""  # whatever its findings say, the ledger has excused it
     if strict and any(f.status in STRICTLY_RED for f in result.findings):
         return Status.NOTED.value
     return ""
@@ -31,3 +36,10 @@ def summarise(results: Iterable[Result]) -> dict[str, int]:
         counts[result.status] += 1
         counts[Status.NOTED] += any(f.status is Status.NOTED for f in result.findings)
     return {status.value: counts[status] for status in Status if counts[status]}
+
+
+def breaches(record: Record) -> tuple[Breach, ...]:
+    """What makes a record red although no result is."""
+    facts = record.environment.get(GATE)
+    told = facts.get("breaches", ()) if isinstance(facts, dict) else ()
+    return tuple(Breach(str(b.get("sentence", "")), str(b.get("file", "")), int(b.get("line", 0))) for b in told)
