@@ -70,6 +70,26 @@ POWER = {
 }
 
 
+DISPATCH = [
+    {
+        "version": "0.33.0",
+        "op": "sparse_attn",
+        "implementation": "fmha_sm100 sparse_atten_func",
+        "file": "third_party/fmha_sm100",
+        "when": "topk 16",
+        "evidence": "not run here, needs SM100",
+    },
+    {
+        "version": "0.33.0",
+        "op": "sparse_attn",
+        "implementation": "Triton (common)",
+        "file": "models/minimax_m3/common/ops/sparse_attn.py",
+        "when": "always",
+        "evidence": "interpreted: 2 passed",
+    },
+]
+
+
 def green() -> Record:
     note = finding(
         "dead_rows", Status.NOTED, measured=None, limit=None, where="request 1", hint="NaN where zero is asked for"
@@ -94,7 +114,7 @@ def green() -> Record:
         ),
         result(Status.INCONCLUSIVE, op="prefill", reason="masks could not be repaired"),
     )
-    return replace(made, environment={**made.environment, "power": POWER})
+    return replace(made, environment={**made.environment, "power": POWER, "dispatch": DISPATCH})
 
 
 def red() -> Record:

@@ -7,6 +7,8 @@ import argparse
 from m3check.arch import ARCHS, Accumulator, Arch, present
 from m3check.commands.talk import emit
 from m3check.config import choose
+from m3check.dispatch import LATEST, SOURCE, not_run
+from m3check.dispatch import rows as dispatched
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -24,6 +26,12 @@ def main(arguments: argparse.Namespace) -> int:
     arch = ARCHS[arguments.explain]
     figures = _figures(arch, arch.name in here)
     emit(tabulate(figures, headers=["figure", "value", "what it means", "source"], tablefmt="plain", disable_numparse=True))
+    runs = [
+        (op, row.name, row.when, row.file, not_run(row, arch.name) if row.needs else "vllm")
+        for op, row in dispatched(arch.name)
+    ]
+    heads = ["op", f"vLLM {'.'.join(map(str, LATEST))} runs", "when", "file below vllm/", "provider"]
+    emit(f"\n{tabulate(runs, headers=heads, tablefmt='plain', disable_numparse=True)}\n\n{SOURCE}")
     return 0
 
 
@@ -59,7 +67,7 @@ def _figures(arch: Arch, here: bool) -> list[tuple[str, str, str, str]]:
     """(figure, value, meaning, source) of one target."""
     source = arch.sources
     smallest = arch.shared_memory_unit
-    rows = [
+    told = [
         ("arch", arch.name, f"{arch.vendor}: {arch.product}", ""),
         ("here", "yes" if here else "no", "whether this machine has one", "the driver of this machine"),
         ("capability", ".".join(map(str, arch.capability)), "what kernels ask the platform for", source["capability"]),
@@ -88,7 +96,7 @@ def _figures(arch: Arch, here: bool) -> list[tuple[str, str, str, str]]:
         ),
         ("PDL", "yes" if arch.pdl else "no", "programmatic dependent launch", source["pdl"]),
     ]
-    return rows + [
+    return told + [
         (f"{row.instruction} {row.operands}", _value(row.accumulator), _meaning(row.accumulator), row.source)
         for row in arch.mma
     ]

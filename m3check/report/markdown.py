@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+from m3check.report import targets
 from m3check.report.tables import cell, code, evidence_of, figure, flat, groups, in_op_order, machine, ran, ratio, table
 from m3check.report.tally import GATE, breaches, red_word, strict
 from m3check.types import Finding, Record, Result, Status
@@ -15,7 +16,20 @@ DETAILED = 40
 
 def render(record: Record) -> str:
     """The whole report."""
-    sections = (head, gate, summary, failures, margins, power, notes, doubts, skips, environment)
+    sections = (
+        head,
+        gate,
+        summary,
+        failures,
+        targets.production,
+        margins,
+        targets.sums,
+        power,
+        notes,
+        doubts,
+        skips,
+        environment,
+    )
     return "\n\n".join(text for section in sections if (text := section(record))) + "\n"
 
 
@@ -192,7 +206,7 @@ def skips(record: Record) -> str:
 
 def environment(record: Record) -> str:
     """Where, when and with what; the command that makes it again."""
-    facts = {name: value for name, value in record.environment.items() if name not in ("power", GATE)}
+    facts = {name: value for name, value in record.environment.items() if name not in ("power", GATE, targets.DISPATCH)}
     rows = [("m3check", record.tool.get("version", "")), *flat(facts)]
     return f"## Environment\n\n{table(['what', 'value'], rows)}\n\n```\n{record.command}\n```"
 
