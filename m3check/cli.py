@@ -31,7 +31,7 @@ EXIT_CODES = """\
 exit codes:
   0  every named provider gave results and none is red
   1  a result is failed, error, crashed or timeout (with --strict also noted, mistrusted, inconclusive),
-     or a floor or ledger breach; for compare: a regression
+     evidence weaker than --require, or a floor or ledger breach; for compare: a regression
   2  interrupted
   3  internal error
   4  usage, or a named provider cannot be found
@@ -108,7 +108,12 @@ def _selection(command: argparse.ArgumentParser) -> None:
     choice.add_argument("--case", nargs="+", action="extend", metavar="ID", help="these cases instead of a tier")
     choice.add_argument("--shard", type=_shard, metavar="I/N", help="the I-th of N parts, stable by case id")
     choice.add_argument("--seed", type=int, metavar="N", help="other random inputs; becomes part of the case ids (~N)")
-    choice.add_argument("--require", metavar="EVIDENCE", help="only device, interpreted or compiled results count")
+    choice.add_argument(
+        "--require",
+        metavar="EVIDENCE",
+        help="device, interpreted or compiled: weaker evidence is a failure; device does for both others, which do not "
+        "replace each other",
+    )
     _switch(choice, "--offline", help="never connect; a wheel must be in the cache")
 
 

@@ -53,7 +53,7 @@ class RunOptions:
     resume: bool = False
     """Keep the results that the folder's journal holds and run what is missing."""
     require: Evidence | None = None
-    """Only this kind of evidence counts."""
+    """Weaker evidence than this is a failure."""
     strict: bool = False
     """Noted, mistrusted and inconclusive are red as well."""
     offline: bool = False

@@ -12,6 +12,7 @@ from typing import Any
 
 from m3check.config import EVIDENCE, choose
 from m3check.report.exits import belongs
+from m3check.report.tally import SUFFICES
 from m3check.types import OPS, Breach, M3CheckError, Result, Status
 
 KEYS = ("min_cases", "evidence", "max_skipped", "max_known", "max_mistrusted", "max_inconclusive")
@@ -22,11 +23,6 @@ COMPUTED = ("device", "interpreted")
 NONE = "none"
 """The word that waives what was said before it."""
 
-SUFFICES: Mapping[str, tuple[str, ...]] = {  # what ran on the hardware was also compiled for it, and computed
-    "device": ("device",),
-    "interpreted": ("interpreted", "device"),
-    "compiled": ("compiled", "device"),
-}
 LIMITED = {
     "max_skipped": Status.SKIPPED,
     "max_known": Status.KNOWN,

@@ -142,3 +142,19 @@ def test_more_products_a_step_or_fewer_bits_never_tighten_a_bound():
     a, b = (torch.randn(16, 128, generator=generator) for _ in range(2))
     limits = [dot_error(a, b, Accumulator(bits, 16)).limit(8.0) for bits in (25, 24, 23, 13)]
     assert all((few >= many).all() for many, few in pairwise(limits))
+
+
+def test_a_gpu_that_is_not_the_target_is_not_used_and_the_report_says_so(monkeypatch):
+    from records import record, result
+
+    from m3check import runner
+    from m3check.report import markdown
+
+    monkeypatch.setattr("m3check.arch.present", lambda: [(0, "sm89"), (1, "sm90")])
+    evidence, device, why = runner.evidence_for(find_arch("sm100"))
+    assert (evidence, device) == ("interpreted", -1)
+    assert why == "this machine's GPU is sm89, sm90, not sm100: it was not used"
+    told = markdown.head(record(result(), environment={"evidence_reason": why, "host": "x86_64"}))
+    assert "Nothing here ran on sm100 hardware" in told
+    assert why in told
+    assert runner.evidence_for(find_arch("sm90"))[:2] == ("device", 1)

@@ -300,7 +300,8 @@ def test_list_prints_the_plan_and_its_reasons(m3check: Main, monkeypatch: pytest
     ]
     assert "2 planned, 1 of them skipped" in err
     assert json.loads(m3check("list --arch sm100 --format json")[1])[1]["skip"] == "too big"
-    assert m3check("list --arch sm100 --require device")[0] == 5
+    assert m3check("list --arch sm100 --require device")[0] == 1
+    assert m3check("list --arch sm100 --require interpreted")[0] == 0
     monkeypatch.setattr(api, "plan", lambda _options: lines[1:])
     assert m3check("list --arch sm100")[0] == 5
 

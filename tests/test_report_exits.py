@@ -6,7 +6,7 @@ import pytest
 from records import finding, result
 
 from m3check.report.exits import judge
-from m3check.types import Status
+from m3check.types import Evidence, Status
 
 SKIP = result(Status.SKIPPED, reason="needs a device")
 NOTED = result(findings=(finding(status=Status.NOTED),))
@@ -70,13 +70,46 @@ def test_a_name_without_a_version_stands_for_any_but_not_for_a_longer_name() -> 
     assert judge([result(provider="vllm_fork")], ["vllm"]).code == 5
 
 
-def test_required_evidence_alone_counts_as_having_run() -> None:
-    told = judge([result()], ["triton"], require="device")
+@pytest.mark.parametrize("require", ["device", "compiled"])
+def test_evidence_weaker_than_required_is_a_failure(require: Evidence) -> None:
+    told = judge([result()], ["triton"], require=require)
 
-    assert told.code == 5
-    assert "device" in told.reason
-    assert judge([result(evidence="device")], ["triton"], require="device").code == 0
-    assert judge([result(Status.FAILED)], ["triton"], require="device").code == 1
+    assert told.code == 1
+    assert f"--require {require}: 1 case of triton has interpreted results only" in told.reason
+
+
+def test_the_device_does_for_every_kind_and_the_others_not_for_each_other() -> None:
+    device, compiled = result(evidence="device"), result(evidence="compiled")
+    for require in ("device", "interpreted", "compiled"):
+        assert judge([device], ["triton"], require=require).code == 0
+    assert judge([result()], ["triton"], require="interpreted").code == 0
+    assert judge([compiled], ["triton"], require="compiled").code == 0
+    assert judge([compiled], ["triton"], require="interpreted").code == 1
+    assert judge([result(), compiled], ["triton"], require="compiled").code == 0
+    assert judge([result(), compiled], ["triton"], require="interpreted").code == 0
+
+
+def test_each_case_of_each_named_provider_needs_the_required_evidence() -> None:
+    both, other = [result(), result(evidence="compiled")], result(case="sparse_attn/other")
+    assert judge([*both, other], ["triton"], require="compiled").code == 1
+    assert judge([*both, result(provider="vllm")], ["triton", "vllm"], require="compiled").code == 1
+    assert judge([*both, result(provider="vllm")], ["triton"], require="compiled").code == 0
+
+
+def test_a_case_that_the_target_cannot_compile_is_no_weaker_evidence_where_others_compile() -> None:
+    fp8 = "sparse_attn/fp8"
+    skipped = result(Status.SKIPPED, case=fp8, evidence="compiled", reason="Triton compiles no fp8 here")
+    assert (
+        judge([result(case=fp8), skipped, result(), result(evidence="compiled")], ["triton"], require="compiled").code == 0
+    )
+    assert judge([result(case=fp8), skipped], ["triton"], require="compiled").code == 1, "then nothing was compiled"
+
+
+def test_red_weighs_as_much_as_weak_evidence_and_nothing_that_ran_weighs_more() -> None:
+    told = judge([result(Status.FAILED)], ["triton"], require="device")
+    assert told.code == 1
+    assert "1 failed of 1 results; --require device" in told.reason
+    assert judge([SKIP], ["triton"], require="device").code == 5
 
 
 def test_an_interrupted_run_is_exit_2_whatever_came() -> None:

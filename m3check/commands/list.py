@@ -9,10 +9,11 @@ from dataclasses import asdict
 from m3check.commands.options import options as options_of
 from m3check.commands.talk import emit, talk
 from m3check.config import choose
+from m3check.report.tally import SUFFICES
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the plan; exits 5 where a run would have nothing to run."""
+    """Print the plan; exits 5 where a run would have nothing to run, 1 where none of it is the required evidence."""
     choose("format", arguments.format, ("table", "json"))
     options = options_of(arguments)
     from m3check import api
@@ -30,8 +31,9 @@ def main(arguments: argparse.Namespace) -> int:
         headers = ["op", "provider", "evidence", "case", "invariants", "skipped because"]
         emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
     skipped = sum(line.skip is not None for line in lines)
-    due = [line for line in lines if line.skip is None and options.require in (None, line.evidence)]
-    code = 0 if due else 5
-    nothing = "" if due else "; nothing would run" + (f" with {options.require} evidence" if options.require else "")
+    due = [line for line in lines if line.skip is None]
+    code, nothing = (0, "") if due else (5, "; nothing would run")
+    if due and options.require and not any(line.evidence in SUFFICES[options.require] for line in due):
+        code, nothing = 1, f"; nothing would have {options.require} evidence, which is required"
     talk(f"m3check: exit {code}: {len(lines)} planned, {skipped} of them skipped{nothing}")
     return code

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from m3check.types import RED, STRICTLY_RED, Breach, Record, Result, Status
 
 GATE = "gate"
 """Name in a record's environment of what ledger and floors said: ledger, known, floors, breaches, waiting."""
+
+SUFFICES: Mapping[str, tuple[str, ...]] = {  # what ran on the hardware was also compiled for it, and computed
+    "device": ("device",),
+    "interpreted": ("interpreted", "device"),
+    "compiled": ("compiled", "device"),
+}
+"""Which kinds of evidence do where one is asked for. Interpreting and compiling show different things: neither replaces the
+other."""
 
 
 def red_word(result: Result, strict: bool) -> str:
