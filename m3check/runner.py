@@ -230,17 +230,12 @@ def first_call(kernel: Kernel, inputs: Inputs, session: Session) -> tuple[Run, c
     from m3check.checks.view import View
     from m3check.paging import World
 
-    inputs = cases.make_inputs(case, session.device)
     run = call(kernel, inputs, session)
     setting = _summed(checks.Setting(profile=kernel.profile, arch=session.arch, evidence=session.evidence), run)
     if any(access.misuse == "unwritten" for access in run.accesses or ()):
         again = call(kernel, inputs, session, World(poison="garbage"))
-        accesses.weigh(View(OPS[case.op], inputs, run, {}, setting), again)
-    judge = Judge(inputs, setting)
-    findings = judge(inputs, run)
-    if names and not _red(findings):  # a result that is red already needs no further cause
-        findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
-    return findings
+        accesses.weigh(View(OPS[inputs.case.op], inputs, run, {}, setting), again)
+    return run, setting
 
 
 class Judge:
@@ -270,6 +265,11 @@ class Judge:
             findings = checks.compare(problem, run, expected, setting, attend)
             if best is None or _red(findings) < _red(best):
                 best = findings
+            if not _red(best):
+                break
+        assert best is not None
+        return best
+
     def sums(self, run: Run) -> Sums | None:
         """How a call on the case's own inputs added up, which only ops that multiply say."""
         from m3check.checks.sums import effective_bits
@@ -280,11 +280,6 @@ class Judge:
         score = run.outputs.get("score")
         bits = None if score is None else effective_bits(problem, score, expected)
         return Sums(run.arithmetic.score.origin, None if bits is None else round(bits, 1))
-
-            if not _red(best):
-                break
-        assert best is not None
-        return best
 
     def _reference(self, inputs: Inputs, rule: Rule) -> tuple[Inputs, Outputs]:
         from m3check import reference
