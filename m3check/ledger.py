@@ -123,6 +123,7 @@ class Ledger:
                 return replace(result, status=Status.KNOWN, reason=entry.excuse, findings=(*result.findings, note))
             else:
                 told.append(f"{entry.place} does not excuse this: it is for {_kinds(entry)}")
+        told = [words for words in told if words not in result.reason]  # a merge covers again
         return replace(result, reason="; ".join([*filter(None, [result.reason]), *told])) if told else result
 
     def breaches(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -32,7 +35,11 @@ def kinds(old: Record, new: Record, **words: Any) -> list[str]:
         (result(evidence="device"), GREEN, "weaker evidence"),
         (GREEN, result(Status.INCONCLUSIVE), "weaker verdict"),
         (GREEN, result(Status.MISTRUSTED), "weaker verdict"),
+        (GREEN, result(Status.KNOWN), "weaker verdict"),
+        (result(Status.KNOWN), RED, "turned red"),
         (GREEN, result(findings=(finding(measured=0.6),)), "closer to its limit"),
+        (result(findings=(finding(measured=0.0),)), result(findings=(finding(measured=0.6),)), "closer to its limit"),
+        (GREEN, result(findings=(finding("another"),)), "check gone"),
     ],
 )
 def test_a_regression(old: Result, new: Result, kind: str) -> None:
@@ -48,7 +55,9 @@ def test_a_regression(old: Result, new: Result, kind: str) -> None:
     ("old", "new", "kind"),
     [
         (RED, GREEN, "turned green"),
+        (result(Status.KNOWN), GREEN, "turned green"),
         (RED, RED, "still red"),
+        (RED, result(Status.KNOWN), "now known"),
         (SKIPPED, GREEN, "new"),
         (GREEN, result(evidence="device"), "stronger evidence"),
     ],
@@ -60,6 +69,70 @@ def test_no_regression(old: Result, new: Result, kind: str) -> None:
     assert [change.kind for change in found.changes] == [kind]
     assert not found.regressions
     assert "no regression" in compare.render(found)
+
+
+def test_what_says_nothing_is_no_change() -> None:
+    exact, tiny = result(findings=(finding(measured=0.0),)), result(findings=(finding(measured=0.4),))
+    note = result(findings=(finding(), finding("dead_rows", Status.NOTED)))
+    worse = result(Status.FAILED, findings=(finding(status=Status.FAILED, measured=3.0), finding("shown_when_green")))
+
+    assert kinds(record(exact), record(tiny)) == [], "another factor of two would still be within the limit"
+    assert kinds(record(GREEN), record(result(findings=(finding(), finding("new", measured=0.9))))) == []
+    assert kinds(record(note), record(GREEN)) == [], "a note that is gone is no check that is gone"
+    assert kinds(record(worse), record(RED)) == ["still red"]
+
+
+def test_a_run_that_is_no_longer_strict_does_not_look_better() -> None:
+    note = result(findings=(finding(), finding("dead_rows", Status.NOTED)))
+    strict = {"command": "m3check run --arch sm100 --strict"}
+
+    assert kinds(record(GREEN, **strict), record(note)) == ["turned red"]
+    assert kinds(record(note, **strict), record(note)) == ["still red"]
+
+
+def test_what_was_compiled_is_compared_beside_what_was_computed() -> None:
+    compiled = result(evidence="compiled", findings=(finding("registers"),))
+    broken = result(Status.FAILED, evidence="compiled", findings=(finding("registers", Status.FAILED),))
+    device = result(evidence="device")
+
+    assert kinds(record(GREEN, compiled), record(GREEN, compiled)) == []
+    assert kinds(record(GREEN, compiled), record(GREEN, broken)) == ["turned red"]
+    assert kinds(record(GREEN, compiled), record(GREEN)) == ["missing"]
+    assert kinds(record(GREEN, compiled), record(compiled)) == ["missing"]
+    assert kinds(record(GREEN, compiled), record(device)) == ["stronger evidence"]
+    assert results_of([record(SKIPPED), record(compiled)]) == (SKIPPED, compiled), "compiling it does not make a skip good"
+
+
+@pytest.mark.parametrize("code", [2, 3, 4])
+def test_a_run_that_broke_off_is_no_baseline_and_no_good_news(code: int) -> None:
+    whole, broken = record(GREEN), record(GREEN, exit=Exit(code, "it broke"))
+
+    assert kinds(whole, broken) == ["broke off"]
+    with pytest.raises(M3CheckError, match=f"the OLD record broke off .exit {code}: it broke"):
+        compare.compare(broken, whole)
+
+
+def test_compare_and_merge_need_neither_torch_nor_triton_nor_numpy(tmp_path: Path) -> None:
+    for name, each in {"old": GREEN, "new": RED}.items():
+        (tmp_path / f"{name}.json").write_text(jsonfile.dumps(record(each)))
+    code = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton", "numpy"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+from m3check.cli import main
+lines = ("compare old.json old.json", "compare old.json new.json", "merge old.json --out all", "merge new.json --out all",
+         "show old.json", "doctor --show-config")
+codes = [main(line.split()) for line in lines]
+print("codes", *codes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    assert "no regression" in done.stdout
+    assert "Turned red (1)" in done.stdout
+    assert done.stdout.splitlines()[-1] == "codes 0 1 0 1 0 0", done.stderr
 
 
 def test_the_same_record_twice_has_no_change() -> None:

@@ -29,6 +29,7 @@ def show_config() -> str:
 
     from tabulate import tabulate
 
+    from m3check.arch import ARCHS
     from m3check.settings import load
 
     def told(value: object) -> str:
@@ -38,5 +39,10 @@ def show_config() -> str:
             return " ".join(value)
         return "" if value is None else str(value)
 
-    rows = [(word, told(each.value), each.origin) for word, each in load(folder=Path()).items()]
+    common = load(folder=Path())
+    rows = [(word, told(each.value), each.origin) for word, each in common.items()]
+    for arch in ARCHS:
+        own = load(arch, Path())["floor"]
+        if own != common["floor"]:
+            rows.append((f"floor[{arch}]", told(own.value), own.origin))
     return tabulate(rows, headers=["setting", "value", "origin"], tablefmt="plain", disable_numparse=True)
