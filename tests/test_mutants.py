@@ -16,7 +16,7 @@ from m3check import arch, kernels
 from m3check.mutants import catalogue, controls, generic, processes, sampled, standard
 from m3check.mutants.mutant import Mutant, Outcome, content_key
 from m3check.mutants.review import judged, reviewed
-from m3check.mutants.sources import edited, sources
+from m3check.mutants.sources import Sources, edited, sources
 from m3check.mutants.tables import percent
 
 SOURCE = b'''import triton
@@ -114,9 +114,22 @@ def test_a_sample_is_the_same_for_the_same_seed(edits):
 def test_every_row_of_the_catalogue_is_made_or_says_why_not(ours):
     found, without = catalogue.mutants(ours, "interpreted")
     named = {m.name.split()[0] for m in found}
-    assert named == {row.name for row in catalogue.ROWS if row.where == "interpreted"}
-    assert all(row.reason and row.where in ("device", "elsewhere") for row in without)
+    interpreted = {row.name for row in catalogue.ROWS if row.where == "interpreted"}
+    assert named == interpreted - {"W7"}  # our kernels launch nothing dependently
+    assert all(row.reason and (row.where in ("device", "elsewhere") or row.name == "W7") for row in without)
     assert len({m.key for m in found}) == len(found)
+
+
+def test_a_call_left_out_is_a_mutant_wherever_it_is_made(tmp_path):
+    source = "@triton.jit\ndef one(x):\n    if PDL:\n        tl.extra.cuda.gdc_wait()\n    y = gdc_wait_time(x)\n"
+    (tmp_path / "a.py").write_text(source + source.replace("one", "two").replace("    y", "    lib.gdc_wait()\n    y"))
+    origin = Sources(kernels.parse_spec("vllm==0.33.0"), "vllm", tmp_path, ("a.py",))
+    found = [m for m in catalogue.mutants(origin, "interpreted")[0] if m.name.startswith("W7")]
+    assert [m.text.split(" ", 1)[1] for m in found] == [f"{n}: gdc_wait → pass" for n in ("one", "two", "two")]
+    assert len({m.key for m in found}) == 3
+    texts = [edited(origin.read("a.py"), m, "a.py") for m in found]
+    assert [text.count(b"gdc_wait()") for text in texts] == [2, 2, 2]
+    assert all(compile(text, "a.py", "exec") for text in texts)
 
 
 def test_what_was_reviewed_is_still_there(ours, edits):

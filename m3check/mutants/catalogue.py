@@ -6,6 +6,7 @@ m3check runs, with the reason. Edits are of our own kernels; wrappers go around 
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -45,13 +46,21 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A form of a row that leaves a call out, wherever a provider's sources make it: each place is a mutant of its own."""
+
+    what: str
+    call: str
+
+
+@dataclass(frozen=True)
 class Row:
     """One public defect."""
 
     name: str
     defect: str
     where: str  # interpreted, device or elsewhere
-    forms: tuple[Wrap | Change, ...] = ()
+    forms: tuple[Wrap | Change | Dropped, ...] = ()
     reason: str = ""
 
 
@@ -211,8 +220,16 @@ ROWS: tuple[Row, ...] = (
              "weight = tl.exp(top - base), tl.exp(part_top - base)"),
         )),
     )),
-    Row("M5", "an empty chunk writes zeros to the final output", "device",
-        reason="a race between programs: the interpreter runs them one after another"),
+    Row("M5", "an empty chunk writes zeros to the final output", "interpreted", (
+        Change("rows of few blocks are not merged, and the part that has them is the last to run", (
+            ("sparse_attn_decode.py", "part = tl.program_id(2).to(tl.int64)",
+             "part = tl.num_programs(2).to(tl.int64) - 1 - tl.program_id(2)"),
+            ("sparse_attn_decode.py", "    if parts > 1:\n        sums",
+             "    split = parts > 1 and block_table.shape[1] > share\n    if split:\n        sums"),
+            ("sparse_attn_decode.py", "share, parts > 1,", "share, split,"),
+            ("sparse_attn_decode.py", "    if parts > 1:\n        tile", "    if split:\n        tile"),
+        )),
+    ), "in the order in which the interpreter runs the programs the result is right: only the race can show"),
     Row("I1", "slot -1 written below the cache", "elsewhere", reason="cache insertion is not one of these ops"),
     Row("I2", "index keys of the last page lost, or written in another dtype", "elsewhere",
         reason="cache insertion is not one of these ops"),
@@ -227,8 +244,9 @@ ROWS: tuple[Row, ...] = (
     Row("W5", "compile cache key lacks a field", "interpreted", (
         Wrap("forcing and scale of the first call of this shape", (*SELECTING, *ATTENDING), w.weak_cache_key, fresh=True),
     ), "here as figures kept from an earlier call of the same shapes"),
-    Row("W7", "dependent-launch wait below the loads of ids and lengths", "device",
-        reason="interpreted launches are over when the call returns"),
+    Row("W7", "dependent-launch wait below the loads of ids and lengths", "interpreted", (
+        Dropped("no wait", "gdc_wait"),
+    ), "in kernels that launch dependently, which ours do not; lengths that come from the host need no wait"),
 )  # fmt: skip
 
 
@@ -237,7 +255,7 @@ def mutants(origin: Sources, evidence: str) -> tuple[list[Mutant], list[Row]]:
     made: list[Mutant] = []
     without: list[Row] = []
     for row in ROWS:
-        forms = [form for form in row.forms if isinstance(form, Wrap) or origin.name == "triton"]
+        forms = [form for form in row.forms if not isinstance(form, Change) or origin.name == "triton"]
         found = [mutant for form in forms for mutant in _mutants(origin, row, form)]
         if found and (row.where == "interpreted" or evidence == "device"):
             made += found
@@ -246,9 +264,11 @@ def mutants(origin: Sources, evidence: str) -> tuple[list[Mutant], list[Row]]:
     return made, without
 
 
-def _mutants(origin: Sources, row: Row, form: Wrap | Change) -> list[Mutant]:
+def _mutants(origin: Sources, row: Row, form: Wrap | Change | Dropped) -> list[Mutant]:
     """One mutant for an edit, one for each op of a wrapper: every op must show it."""
     name = f"{row.name} {form.what}"
+    if isinstance(form, Dropped):
+        return [mutant for file in origin.files for mutant in _without(origin, row, form, file)]
     if isinstance(form, Wrap):
         return [
             Mutant(
@@ -268,6 +288,37 @@ def _mutants(origin: Sources, row: Row, form: Wrap | Change) -> list[Mutant]:
     text = f"{file}:{lines[0]} {before} → {after}" + (f" (and {len(edits) - 1} more)" if len(edits) > 1 else "")
     key = content_key(origin.name, "catalogue", row.name, form.what)
     return [Mutant(origin.name, "catalogue", name, text, key, edits, lines=(lines[0], lines[0]), where=row.where)]
+
+
+def _without(origin: Sources, row: Row, form: Dropped, file: str) -> list[Mutant]:
+    """A mutant for each statement of a file that is nothing but the call."""
+    source = origin.read(file)
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    made: list[Mutant] = []
+    for function in ast.parse(source).body:
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            call = node.value if isinstance(node, ast.Expr) else None
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == form.call):
+                continue
+            assert isinstance(function, ast.FunctionDef)
+            start = starts[call.lineno - 1] + call.col_offset
+            end = starts[(call.end_lineno or call.lineno) - 1] + (call.end_col_offset or 0)
+            key = content_key(origin.name, "catalogue", row.name, form.what, file, function.name, str(len(made)))
+            made.append(
+                Mutant(
+                    origin.name,
+                    "catalogue",
+                    f"{row.name} {form.what}",
+                    f"{file}:{call.lineno} {function.name}: {form.call} → pass",
+                    key,
+                    (Edit(file, start, end, b"pass"),),
+                    lines=(call.lineno, call.end_lineno or call.lineno),
+                    where=row.where,
+                )
+            )
+    return made
 
 
 def located(origin: Sources, replacements: tuple[tuple[str, str, str], ...]) -> tuple[tuple[Edit, ...], list[int]]:
