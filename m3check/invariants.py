@@ -110,8 +110,8 @@ def _tiled(case: Case) -> bool:
 
 
 def _long(case: Case) -> bool:
-    """More blocks than a selection's smallest tile of 64, which holds topk."""
-    return case.block_columns > 64 > case.topk
+    """More blocks than a selection's smallest tile of 64, which holds topk; or more than half a tile of them to be taken."""
+    return case.block_columns > 64 > case.topk or 64 >= case.block_columns > case.topk > 32
 
 
 def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:

@@ -150,6 +150,9 @@ def test_reviewed_survivors_count_against_the_score(tmp_path):
     outcomes = judged([Outcome(m, v) for m, v in zip(mutants, verdicts, strict=True)], reviewed(file))
     assert [o.verdict for o in outcomes] == ["killed", "equivalent", "accepted", "unreached"]
     assert percent(outcomes) == "33.3 %"
+    both = f'keys = ["{mutants[1].key}", "{mutants[3].key}"]'
+    file.write_text(f'[[mutant]]\n{both}\nwhat = "a"\nverdict = "equivalent"\nreason = "the same"\n')
+    assert {entry.key: entry.reason for entry in reviewed(file).values()} == {mutants[i].key: "the same" for i in (1, 3)}
     file.write_text(f'[[mutant]]\nkey = "{mutants[1].key}"\nwhat = "a"\nverdict = "equivalent"\nreason = " "\n')
     with pytest.raises(ValueError, match="no reason"):
         reviewed(file)
@@ -195,3 +198,18 @@ def test_named_mutants_are_killed_and_a_control_is_green(tmp_path):
     assert ended["T5 no forced block: index_topk"] == ("killed", "forced")
     assert ended["T10 past the last row: index_topk"] == ("killed", "guards")
     assert ended["S3 selection reads every column"][0] == "killed"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants run in forked processes")
+def test_a_seeded_sample_of_generic_edits_has_no_survivor_that_is_not_listed(tmp_path):
+    """The harness measured anew at every change: exit 1 where smoke lets one of them live that nobody has looked at."""
+    out = tmp_path / "mutants.json"
+    words = ["m3check", "mutants", "--op", "index_topk", "--only", "selection.py:", "index_topk.py:", "--sample", "8", "--seed", "1", "--json"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *words, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [row for row in json.loads(out.read_text()) if row["kind"] != "catalogue"]
+    assert len(rows) == 8
+    assert sum(row["verdict"] == "killed" for row in rows) >= 4
+    assert not list(tmp_path.glob("*.part"))

@@ -103,17 +103,20 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
 
     rows, without = catalogue.mutants(origin, evidence)
     edits = [m for file in origin.files for m in generic.mutants(origin.name, file, origin.read(file))]
+    words = [word.lower() for word in arguments.only or ()]
+
+    def named(some: list[Mutant]) -> list[Mutant]:
+        return [m for m in some if not words or any(word in _described(m) for word in words)]
+
+    edits = named(edits)  # first: a sample is one of what is asked for
     if arguments.sample is not None:
         edits = sampled(edits, arguments.sample, arguments.seed or 0)
     elif not arguments.all:
         edits = standard(edits)
-    chosen = [*rows, *controls.controls(origin), *edits]
+    chosen = [*named([*rows, *controls.controls(origin)]), *edits]
     if arguments.op:
         ops = {part for op in arguments.op for part in (op, *OPS[op].chain)}
         chosen = [m for m in chosen if not m.ops or m.ops & ops]
-    if arguments.only:
-        words = [word.lower() for word in arguments.only]
-        chosen = [m for m in chosen if any(word in _described(m) for word in words)]
     return chosen, without
 
 

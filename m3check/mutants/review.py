@@ -24,13 +24,17 @@ class Reviewed:
 
 
 def reviewed(file: Path = FILE) -> Mapping[str, Reviewed]:
-    """The entries, by content hash; raises ValueError for one without a reason or with an unknown verdict."""
+    """The entries, by content hash, `keys` that share a reason taken apart.
+
+    Raises ValueError for one that is there twice, has no reason or an unknown verdict.
+    """
     entries: dict[str, Reviewed] = {}
     for raw in tomllib.loads(file.read_text(encoding="utf-8")).get("mutant", []):
-        entry = Reviewed(raw["key"], raw["what"], raw["verdict"], raw["reason"])
-        if entry.verdict not in VERDICTS or not entry.reason.strip() or entry.key in entries:
-            raise ValueError(f"{file.name}: entry {entry.key} is a duplicate, has no reason or an unknown verdict")
-        entries[entry.key] = entry
+        for key in raw.get("keys") or [raw["key"]]:
+            entry = Reviewed(key, raw["what"], raw["verdict"], raw["reason"])
+            if entry.verdict not in VERDICTS or not entry.reason.strip() or key in entries:
+                raise ValueError(f"{file.name}: entry {key} is a duplicate, has no reason or an unknown verdict")
+            entries[key] = entry
     return entries
 
 

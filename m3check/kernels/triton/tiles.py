@@ -109,9 +109,14 @@ CHOICES = (
             score_rows=lambda rows, dtype: 16,
             score_keys=lambda dtype: 32,
             attention_keys=lambda dtype: 32,
-            selection=lambda columns, rows: (2, 16),
+            selection=lambda columns, rows: (4, 16),
         ),
     ),
-    ("no parts", partial(chosen, splits=lambda programs, most: 1)),
+    (
+        "no parts, and a tile for each row of a selection",
+        partial(
+            chosen, splits=lambda programs, most: 1, selection=lambda columns, rows: (1, max(16, power_of_two(columns)))
+        ),
+    ),
 )
 """What must not change a result beyond its rounding, to be tried where the interpreter's own figures would hide a loop."""
