@@ -110,7 +110,7 @@ def _tiled(case: Case) -> bool:
 
 
 def _long(case: Case) -> bool:
-    """More blocks than a selection's smallest tile of 64, which holds topk; or more than half a tile of them to be taken."""
+    """More blocks than a selection's smallest tile of 64, which holds topk; or more of one tile to be taken than half."""
     return case.block_columns > 64 > case.topk or 64 >= case.block_columns > case.topk > 32
 
 

@@ -204,7 +204,8 @@ def test_named_mutants_are_killed_and_a_control_is_green(tmp_path):
 def test_a_seeded_sample_of_generic_edits_has_no_survivor_that_is_not_listed(tmp_path):
     """The harness measured anew at every change: exit 1 where smoke lets one of them live that nobody has looked at."""
     out = tmp_path / "mutants.json"
-    words = ["m3check", "mutants", "--op", "index_topk", "--only", "selection.py:", "index_topk.py:", "--sample", "8", "--seed", "1", "--json"]
+    sample = ["--only", "selection.py:", "index_topk.py:", "--sample", "8", "--seed", "1"]
+    words = ["m3check", "mutants", "--op", "index_topk", *sample, "--json"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", *words, str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
