@@ -155,9 +155,14 @@ def _mutants(command: argparse.ArgumentParser) -> None:
     command.add_argument("-k", metavar="EXPR", help="only cases that match")
     command.add_argument("--sample", type=int, metavar="N", help="so many generic edits, by --seed (default: of each)")
     command.add_argument("--all", action="store_true", help="every generic edit")
-    command.add_argument("--only", nargs="+", metavar="TEXT", help="those whose kind, hash, name or text has one of these")
+    command.add_argument(
+        "--only",
+        nargs="+",
+        metavar="TEXT",
+        help="those whose kind, hash, name or text has one of these; device: those that need a GPU",
+    )
     command.add_argument("--seed", type=int, metavar="N", help="of --sample (default 0)")
-    command.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (default 2)")
+    command.add_argument("--jobs", type=int, metavar="N", help="mutants at a time (default 2, on a GPU 6)")
     command.add_argument("--offline", action="store_true", help="never connect; a wheel must be in the cache")
     command.add_argument("--json", metavar="FILE", help="write what became of each mutant there")
 

@@ -25,7 +25,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Measure, print the scores and what survived; 0 if nothing survives unreviewed and every control is green."""
     from m3check import arch as arches
     from m3check import runner
-    from m3check.mutants import tables
+    from m3check.mutants import processes, tables
     from m3check.mutants.review import judged, reviewed
 
     specs = tuple(arguments.kernels or ["triton"])
@@ -37,6 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
         expr=arguments.k or "",
         offline=arguments.offline,
     )
+    processes.ask_for_devices()
     evidence, _, why = runner.evidence_for(arches.find_arch(options.arch))
     if evidence != "device":
         _interpret()
@@ -87,8 +88,10 @@ def _one(
     """Measure one provider, telling each outcome as it is known: catalogue rows without a mutant, cases not used."""
     from m3check.mutants import measure, tables
 
-    made = measure.bench(options, text, arguments.jobs or measure.cpus(), lambda words: talk(f"m3check: {words}"))
-    chosen, without = choose(made.origin, evidence, arguments)
+    origin = measure.found(options, text)
+    chosen, without = choose(origin, evidence, arguments)
+    jobs = arguments.jobs or measure.at_a_time(evidence)
+    made = measure.bench(options, text, origin, chosen, jobs, lambda words: talk(f"m3check: {words}"))
     talk(f"m3check: {text}: {len(chosen)} mutants, {len(made.clean)} cases")
     for count, outcome in enumerate(measure.measure(made, chosen), start=1):
         known(outcome)
@@ -106,7 +109,7 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
     words = [word.lower() for word in arguments.only or ()]
 
     def named(some: list[Mutant]) -> list[Mutant]:
-        return [m for m in some if not words or any(word in _described(m) for word in words)]
+        return [m for m in some if not words or any(_named(m, word) for word in words)]
 
     edits = named(edits)  # first: a sample is one of what is asked for
     if arguments.sample is not None:
@@ -120,8 +123,12 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
     return chosen, without
 
 
+def _named(mutant: Mutant, word: str) -> bool:
+    """Whether --only asks for a mutant; `device` means where it shows."""
+    return mutant.where == "device" if word == "device" else word in _described(mutant)
+
+
 def _described(mutant: Mutant) -> str:
-    """What --only looks at."""
     family = "" if mutant.kind in ("catalogue", "control") else "generic "
     return f"{family}{mutant.kind} {mutant.key} {mutant.name} {mutant.text}".lower()
 

@@ -11,7 +11,7 @@ SPIN = 2000
 
 
 @triton.jit
-def produce_kernel(to, source, zero, count, SPIN: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def produce_kernel(to, source, zero, count, SPIN: tl.constexpr, TILE: tl.constexpr):
     """One program. Lets dependents start at once, waits, and only then copies; `zero` is one 0 that nobody can foresee."""
     tl.extra.cuda.gdc_launch_dependents()
     at = tl.load(zero, volatile=True)

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from m3check.mutants import launching
 from m3check.mutants import wrappers as w
 from m3check.mutants.mutant import Edit, Mutant, Wrapper, content_key
 from m3check.mutants.sources import Sources
@@ -252,14 +253,15 @@ ROWS: tuple[Row, ...] = (
 
 def mutants(origin: Sources, evidence: str) -> tuple[list[Mutant], list[Row]]:
     """The mutants of a provider that can be made here, and the rows that have none, each with its reason."""
-    made: list[Mutant] = []
+    made: list[Mutant] = launching.mutants(origin) if evidence == "device" else []
+    launched = {mutant.name.split()[0] for mutant in made}
     without: list[Row] = []
     for row in ROWS:
         forms = [form for form in row.forms if not isinstance(form, Change) or origin.name == "triton"]
         found = [mutant for form in forms for mutant in _mutants(origin, row, form)]
         if found and (row.where == "interpreted" or evidence == "device"):
             made += found
-        else:
+        elif row.name not in launched:
             without.append(row)
     return made, without
 

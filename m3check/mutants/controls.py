@@ -54,9 +54,9 @@ def controls(origin: Sources) -> list[Mutant]:
                    score_keys=lambda dtype: 32),
             _tiles("N2 selection in parts of 16 blocks", origin, SELECTING, selection=lambda columns, rows: (1, 16)),
             _polynomial(origin),
-            _edited("N2 exp instead of exp2", origin, *((file, before, _by_exp(before))
+            _edited("N2 exp instead of exp2", origin, ATTENDING, *((file, before, _by_exp(before))
                     for file, pairs in _EXP2.items() for before, _ in pairs)),
-            _edited("N2 blocks from the last to the first", origin,
+            _edited("N2 blocks from the last to the first", origin, SCORING,
                     ("scoring.py", "for block in range(first_block.to(tl.int64), last_block.to(tl.int64)):",
                      "for back in range(first_block.to(tl.int64), last_block.to(tl.int64)):\n"
                      "            block = first_block.to(tl.int64) + last_block.to(tl.int64) - 1 - back")),
@@ -97,10 +97,10 @@ def _tiles(name: str, origin: Sources, ops: tuple[str, ...], **figures: Callable
                   prepare=prepare, ops=frozenset(ops))  # fmt: skip
 
 
-def _edited(name: str, origin: Sources, *replacements: tuple[str, str, str]) -> Mutant:
+def _edited(name: str, origin: Sources, ops: tuple[str, ...], *replacements: tuple[str, str, str]) -> Mutant:
     edits, _ = located(origin, replacements)
     return Mutant(origin.name, "control", name, f"{replacements[0][1]} → {replacements[0][2]}",
-                  content_key(origin.name, "control", name), edits, lines=(1, 1 << 30))  # fmt: skip
+                  content_key(origin.name, "control", name), edits, ops=frozenset(ops), lines=(1, 1 << 30))  # fmt: skip
 
 
 def _by_exp(text: str) -> str:
@@ -117,4 +117,4 @@ def _polynomial(origin: Sources) -> Mutant:
             + {"attention.py": "attend(", "sparse_attn_decode.py": "sparse_attn_decode_kernel("}[file]
         )
         replacements.append((file, head, POLYNOMIAL + head))
-    return _edited("N2 exp2 by a polynomial", origin, *replacements)
+    return _edited("N2 exp2 by a polynomial", origin, ATTENDING, *replacements)

@@ -30,8 +30,11 @@ from m3check.types import OPS, RED, Case, M3CheckError, PlanLine, Status
 SLOWER = 10.0
 """A mutant that computes this many times as long as the clean kernel hangs."""
 
-LEAST = 8.0
-"""Seconds that a case may take in any case."""
+LEAST = {"interpreted": 8.0, "device": 60.0}
+"""Seconds that a case may take in any case; on a device they hold its compilation, which no clean kernel has paid for."""
+
+SILENCE = {"interpreted": 600.0, "device": 150.0}
+"""Seconds without a word after which a process is ended: a kernel that hangs on a device does not compute here."""
 
 CONTROL_CASES = 3
 """Cases of each op that a control meets: the cheapest of those it suits, chains left out."""
@@ -69,7 +72,14 @@ class Bench:
         """The cases that can reach a mutant, the most telling first: by kills so far of its like, then the cheapest."""
         found = [c for c in self.clean if self._reaches(mutant, c) and (mutant.suits is None or mutant.suits(c.case))]
         like = mutant.file or "".join(sorted(mutant.ops))
-        found.sort(key=lambda c: (bool(OPS[c.case.op].chain), -self.kills[like, c.line.case] / (1 + c.seconds), c.seconds))
+        found.sort(
+            key=lambda c: (
+                mutant.shown_by not in ("", *c.line.invariants),
+                bool(OPS[c.case.op].chain),
+                -self.kills[like, c.line.case] / (1 + c.seconds),
+                c.seconds,
+            )
+        )
         if mutant.kind != "control":
             return found
         met: Counter[str] = Counter()
@@ -87,11 +97,18 @@ class Bench:
         return any(first <= line <= last for line in clean.covered.get(mutant.file, ()))
 
 
-def bench(options: RunOptions, text: str, jobs: int, told: Callable[[str], None]) -> Bench:
-    """Warm up for one provider and measure its clean kernels; raises M3CheckError where it cannot be had."""
-    arch = arches.find_arch(options.arch)
+def found(options: RunOptions, text: str) -> Sources:
+    """One provider's sources, fetched where need be; raises M3CheckError where it cannot be had."""
     spec = kernels.parse_spec(text)
     kernels.prepare(spec, options.offline)
+    return sources(spec, arches.find_arch(options.arch), options.offline)
+
+
+def bench(
+    options: RunOptions, text: str, origin: Sources, mutants: Sequence[Mutant], jobs: int, told: Callable[[str], None]
+) -> Bench:
+    """Warm up for one provider and measure its clean kernels on what these mutants can meet."""
+    arch = arches.find_arch(options.arch)
     evidence, index, _ = runner.evidence_for(arch)
     if evidence != "device":
         from triton import knobs
@@ -107,34 +124,58 @@ def bench(options: RunOptions, text: str, jobs: int, told: Callable[[str], None]
 
     torch.set_num_threads(1)
     session = runner.Session(arch, evidence, "cpu" if evidence != "device" else f"cuda:{index}", None)
-    made = Bench(sources(spec, arch, options.offline), session, [], [], jobs)
-    lines = [
-        line for line in runner.plan(options) if line.evidence == evidence and line.provider == text and line.skip is None
-    ]
+    made = Bench(origin, session, [], [], jobs)
+    lines = [line for line in runner.plan(options) if line.provider == text and line.skip is None]
     if not lines:
         raise M3CheckError(f"{text} has no case to measure with")
+    batches = [[line] for line in lines]
     if evidence != "device":
         told(f"{text}: inputs and references of {len(lines)} cases")
         keep([cases.parse_id(line.case) for line in lines])
+    else:
+        lines = _telling(lines, mutants)
+        batches = [lines[i::jobs] for i in range(min(jobs, len(lines)))]  # a process takes seconds to reach its GPU
     _warm(made, lines)
     gc.collect()
     gc.freeze()
     told(f"{text}: the clean kernels on {len(lines)} cases")
 
-    def work(line: PlanLine, send: processes.Send) -> None:
-        send(_clean(made, line))
+    def work(batch: list[PlanLine], send: processes.Send) -> None:
+        made.session.loaded = load(made.origin, made.session.arch, made.session.evidence, None, Path())
+        for line in batch:
+            send(_clean(made, line))
 
-    for child in processes.run(iter(lines), work, jobs, 900.0):
-        case = cases.parse_id(child.task.case)
-        if not child.messages or child.ended:
-            made.dropped.append(Clean(child.task, case, 0.0, Status.CRASHED, child.ended))
-            continue
-        answer = child.messages[-1]
-        covered = {file: frozenset(found) for file, found in answer["covered"].items()}
-        clean = Clean(child.task, case, answer["seconds"], Status(answer["status"]), answer["reason"], covered)
-        (made.clean if clean.status is Status.PASSED else made.dropped).append(clean)
+    for child in processes.run(iter(batches), work, jobs, 900.0):
+        for place, line in enumerate(child.task):
+            case = cases.parse_id(line.case)
+            if place >= len(child.messages):
+                made.dropped.append(Clean(line, case, 0.0, Status.CRASHED, child.ended or "its process ended before it"))
+                continue
+            answer = child.messages[place]
+            covered = {file: frozenset(lines) for file, lines in answer["covered"].items()}
+            clean = Clean(line, case, answer["seconds"], Status(answer["status"]), answer["reason"], covered)
+            (made.clean if clean.status is Status.PASSED else made.dropped).append(clean)
     made.clean.sort(key=lambda c: c.line.case)
     return made
+
+
+def _telling(lines: Sequence[PlanLine], mutants: Sequence[Mutant]) -> list[PlanLine]:
+    """The cases that mutants of a device meet: what shows their invariants, and else the cheapest of each op that suit."""
+    if any(mutant.kind != "control" and mutant.where != "device" for mutant in mutants):
+        return list(lines)
+    chosen: set[str] = set()
+    ranked = sorted(lines, key=lambda line: cases.cost(cases.parse_id(line.case), "device"))
+    for mutant in mutants:
+        met: Counter[str] = Counter()
+        for line in ranked:
+            if mutant.ops and not mutant.ops & {line.op, *OPS[line.op].chain}:
+                continue
+            if mutant.shown_by:
+                chosen.update({line.case} if mutant.shown_by in line.invariants else ())
+            elif not OPS[line.op].chain and (mutant.suits is None or mutant.suits(cases.parse_id(line.case))):
+                met[line.op] += 1
+                chosen.update({line.case} if met[line.op] <= CONTROL_CASES else ())
+    return [line for line in lines if line.case in chosen]
 
 
 def _warm(made: Bench, lines: Sequence[PlanLine]) -> None:
@@ -142,10 +183,13 @@ def _warm(made: Bench, lines: Sequence[PlanLine]) -> None:
 
     A device must not be touched by the parent: a process that is forked afterwards could not use it.
     """
-    from m3check import checks, reference, rerun  # noqa: F401
+    from m3check import checks, device, reference, rerun  # noqa: F401
     from m3check.cases import generate  # noqa: F401
+    from m3check.kernels import overlap, replay  # noqa: F401
 
     if made.session.evidence == "device":
+        import triton  # noqa: F401
+
         return
     made.session.loaded = load(made.origin, made.session.arch, made.session.evidence, None, Path())
     cheapest = sorted(lines, key=lambda line: (len(line.invariants), cases.cost(cases.parse_id(line.case), "interpreted")))
@@ -163,7 +207,7 @@ def measure(made: Bench, mutants: Sequence[Mutant]) -> Iterator[Outcome]:
     def work(task: tuple[Mutant, list[Clean]], send: processes.Send) -> None:
         _meet(made, *task, send)
 
-    for child in processes.run(tasks(), work, made.jobs, 600.0):
+    for child in processes.run(tasks(), work, made.jobs, SILENCE[made.session.evidence]):
         mutant, chosen = child.task
         outcome = _outcome(mutant, chosen, child)
         if outcome.verdict == "killed" and outcome.case:
@@ -185,7 +229,7 @@ def _meet(made: Bench, mutant: Mutant, chosen: list[Clean], send: processes.Send
             return
         for clean in chosen:
             send({"begin": clean.line.case})
-            processes.limit(max(LEAST, SLOWER * clean.seconds))
+            processes.limit(max(LEAST[made.session.evidence], SLOWER * clean.seconds))
             result = runner.run_one(clean.case, made.session, clean.line, "")
             processes.limit(0)
             if result.status in RED:
@@ -218,8 +262,7 @@ def _outcome(mutant: Mutant, chosen: list[Clean], child: processes.Child) -> Out
 
 
 def _clean(made: Bench, line: PlanLine) -> dict[str, Any]:
-    """In a process of its own: one case on the clean kernel, watched line by line."""
-    made.session.loaded = load(made.origin, made.session.arch, made.session.evidence, None, Path())
+    """One case on the clean kernel, watched line by line where it is interpreted."""
     case = cases.parse_id(line.case)
     started = time.process_time()
     if made.session.evidence == "device":
@@ -309,6 +352,6 @@ def _size(value: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
-def cpus() -> int:
-    """How many processes to run at a time."""
-    return min(2, len(os.sched_getaffinity(0)))
+def at_a_time(evidence: str) -> int:
+    """How many processes to run at a time: two on CPUs, and as many as may share one GPU."""
+    return min(6 if evidence == "device" else 2, len(os.sched_getaffinity(0)))

@@ -46,6 +46,8 @@ class Mutant:
     lines: tuple[int, int] = (0, 0)
     """First and last line of the edited statement."""
     where: str = "interpreted"
+    shown_by: str = ""
+    """The invariant that shows it, where only one can: cases that have it are met first."""
     suits: Callable[[Case], bool] | None = None
     """Cases that a control is right on, or that a row can show on; None: all."""
     profile: Callable[[Profile], Profile] | None = None

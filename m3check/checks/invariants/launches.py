@@ -8,7 +8,7 @@ from m3check.checks.invariants.batch import reordered
 from m3check.checks.invariants.regroup import Part, assembled
 from m3check.checks.invariants.trial import Trial, damage, difference
 from m3check.paging import SPARE_PAGES, Run, World
-from m3check.types import BLOCK, OPS, Finding, Inputs, Status, blocks
+from m3check.types import OPS, Finding, Inputs, Status, blocks
 
 LAUNCHES = 20
 BEHIND = 4
@@ -66,7 +66,7 @@ def _elsewhere(trial: Trial) -> tuple[Inputs, World]:
     if len(set(zip(case.query_lens, case.kv_lens, strict=True))) > 1:
         inputs = reordered(inputs)
     elif inputs.topk_idx is None:
-        shorter = [Part(r, 0, r.query_len, max(r.query_len, r.kv_len - BLOCK)) for r in case.requests()]
+        shorter = [Part(r, 0, r.query_len, max(r.query_len, r.kv_len // 2)) for r in case.requests()]
         inputs = assembled(inputs, shorter)[0]
     if inputs.topk_idx is not None and OPS[case.op].phase == "decode" and "short" in trial.setting.profile.id_lists:
         ids = inputs.topk_idx.clone()
