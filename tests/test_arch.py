@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from simulate_mma import added_up
 
 from m3check.arch import ARCHS, FP32, Accumulator, find_arch, operands_of
 from m3check.checks.bounds import dot_error
 from m3check.device import Launches
+from m3check.numerics import added_up
 from m3check.types import Kernel, Profile
 
 ROWS = [(arch.name, row) for arch in ARCHS.values() for row in arch.mma if row.accumulator.fraction_bits is not None]

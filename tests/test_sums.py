@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from simulate_mma import added_up
 
 from m3check import cases, reference
 from m3check.arch import find_arch
 from m3check.checks.sums import effective_bits
+from m3check.numerics import added_up
 from m3check.report import jsonfile
 from m3check.types import Record, Sums
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from m3check.checks.bounds import whole
 from m3check.checks.view import chunks
-from m3check.types import BLOCK, Case, Inputs, Outputs
+from m3check.types import BLOCK, Inputs, Outputs
 
 SPAN = 2**16
 """Keys at a time; a multiple of the block."""
@@ -27,15 +27,18 @@ def effective_bits(problem: Inputs, score: Tensor, expected: Outputs) -> float |
         return None
     plain = plain.to(score.device)
     final = expected["score"].to(score.device) if "score" in expected else plain
-    size = _sizes(problem.case, queries.to(score.device).float(), keys.to(score.device).float())
+    size = sizes(problem, score.device)
     counts = plain.isfinite() & (final == plain) & score.isfinite() & (size > 0)
     ratio = ((score.double() - plain).abs() / size.clamp(min=1e-300)).where(counts, 0.0)
     worst = ratio.max().item() if ratio.numel() else 0.0
     return -math.log2(worst) if worst > 0 else None
 
 
-def _sizes(case: Case, q: Tensor, k: Tensor) -> Tensor:
+def sizes(problem: Inputs, device: torch.device) -> Tensor:
     """Σ|q·k| of the largest visible key of each block: [H, T, K] fp64, 0 where a row sees none."""
+    assert problem.idx_q is not None
+    assert problem.idx_k is not None
+    case, q, k = problem.case, problem.idx_q.to(device).float(), problem.idx_k.to(device).float()
     heads, rows = q.shape[1], q.shape[0]
     result = torch.zeros(heads, rows, case.block_columns, dtype=torch.float64, device=q.device)
     cells = 2**26 if q.device.type == "cuda" else 2**21
