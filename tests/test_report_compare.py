@@ -119,7 +119,7 @@ def test_compare_and_merge_need_neither_torch_nor_triton_nor_numpy(tmp_path: Pat
 import importlib.abc, sys
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "triton", "numpy"):
+        if name.partition(".")[0] in ("torch", "triton", "numpy", "platformdirs", "remotezip"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
 from m3check.cli import main
