@@ -1,4 +1,4 @@
-"""examples/ci: the workflow is YAML with the jobs that docs/ci.md speaks of, and every command in it is one of m3check's."""
+"""examples/ci: the workflow is YAML with the jobs that docs/ci.md speaks of, and m3check takes every command in it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from records import finding, result
 
 from m3check.report.exits import judge
-from m3check.types import Evidence, Status
+from m3check.types import Evidence, Exit, Status
 
 SKIP = result(Status.SKIPPED, reason="needs a device")
 NOTED = result(findings=(finding(status=Status.NOTED),))
@@ -114,3 +114,15 @@ def test_red_weighs_as_much_as_weak_evidence_and_nothing_that_ran_weighs_more() 
 
 def test_an_interrupted_run_is_exit_2_whatever_came() -> None:
     assert judge([result(Status.FAILED)], ["triton"], interrupted=True).code == 2
+
+
+def test_a_breach_is_red_beside_green_results_and_is_said_beside_red_ones() -> None:
+    told = ["floor one", "floor two", "floor three"]
+    failed = result(Status.FAILED)
+
+    assert judge([result()], ["triton"], breaches=told[:1]) == Exit(1, "floor one; 1 results, none red")
+    assert judge([result()], ["triton"], breaches=told).reason.startswith("floor one (and 2 more breaches); ")
+    assert judge([failed], ["triton"], breaches=told[:1]) == Exit(1, "1 failed of 1 results; floor one")
+    assert judge([result()], ["triton", "vllm"], breaches=told[:1]).reason.startswith("floor one; no result for vllm")
+    assert judge([result(Status.SKIPPED)], ["triton"], breaches=told[:1]).code == 5
+    assert judge([result()], ["triton"], breaches=told[:1], interrupted=True).code == 2
