@@ -149,6 +149,7 @@ def test_a_matrix_shows_each_record_with_its_evidence() -> None:
     assert "RED 2 of 2, interpreted, inf" in rows["sparse_attn", "sm90"]
     assert "skipped 2" in rows["sparse_attn", "sm100 #2"]
     assert [record for _, record in rows] == ["sm90", "sm100 #1", "sm100 #2"], "in the order of the targets"
+    assert text.endswith(f"## Made by\n\n```\n{chr(10).join(['m3check run --arch sm100'] * 3)}\n```\n")
 
 
 def test_a_matrix_as_json_is_plain_json() -> None:

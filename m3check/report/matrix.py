@@ -14,6 +14,7 @@ from m3check.report import targets
 from m3check.report.tables import (
     EVIDENCE_RANK,
     cell,
+    clean,
     evidence_of,
     figure,
     in_op_order,
@@ -43,13 +44,15 @@ def render(records: Sequence[Record]) -> str:
         (name, ", ".join(evidence_of(r)) or "–", machine(r), r.exit.code, r.exit.reason, r.environment.get("date", ""))
         for name, r in zip(names, records, strict=True)
     ]
+    made = "\n".join(clean(record.command) for record in records)
     silent = [cell(n) for n, r in zip(names, records, strict=True) if "device" not in evidence_of(r)]
     hardware = f"Nothing ran on the hardware of: {', '.join(silent)}.\n\n" if silent else ""
     return (
         f"# m3check: {len(records)} records\n\n{hardware}"
         f"{table(['record', 'evidence', 'machine', 'exit', 'reason', 'date'], heads)}\n\n"
         f"## Op × arch × provider\n\n{LEGEND}\n\n"
-        f"{table(['op', 'record', *providers, 'production runs, and nothing here did'], rows)}\n"
+        f"{table(['op', 'record', *providers, 'production runs, and nothing here did'], rows)}\n\n"
+        f"## Made by\n\n```\n{made}\n```\n"
     )
 
 
