@@ -19,6 +19,8 @@ COMMANDS = (  # in the order of the help: name, one line
     ("list", "what a run would do, and why it would skip; no kernel runs"),
     ("archs", "the hardware targets"),
     ("kernels", "the providers of kernels, and how a kernel is called"),
+    ("explain", "one red case: which stage, which rows, and what the mistake is"),
+    ("shrink", "the smallest case that still fails for the same reason"),
     ("show", "one record as a report, several as an op × arch × provider table"),
     ("compare", "two records of one target: what got worse; exits 1 on a regression"),
     ("merge", "several records of one target into one"),
@@ -73,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     made["list"].add_argument("--format", default="table", help="table (default) or json")
     made["archs"].add_argument("--explain", metavar="ARCH", help="one target in full, with the source of each figure")
     made["kernels"].add_argument("--signatures", action="store_true", help="the functions that your own kernels need")
+    for name in ("explain", "shrink"):
+        _bench(made[name])
+    made["explain"].add_argument("--format", choices=("text", "json"), default="text", help="text (default) or json")
+    made["shrink"].add_argument("--seconds", type=float, metavar="S", help="how long to go on (default 100)")
     made["show"].add_argument("records", nargs="+", metavar="RECORD", help="report.json, or the folder that holds it")
     made["show"].add_argument("--format", default="md", metavar="FORMAT", help="md (default), junit or json; html later")
     made["compare"].add_argument("old", metavar="OLD", help="report.json of before, or its folder")
@@ -124,7 +130,7 @@ def _running(command: argparse.ArgumentParser) -> None:
     how.add_argument("--resume", action="store_true", help="keep what the folder's journal holds, run the rest")
     _switch(how, "--strict", help="noted, mistrusted and inconclusive are red as well")
     how.add_argument("--sanitize", action="store_true", help="not available in this version: exits 4")
-    how.add_argument("--save-failures", type=int, metavar="N", help="not available in this version: exits 4")
+    how.add_argument("--save-failures", type=int, metavar="N", help="save up to N red cases as folders that replay")
     _gate(how)
     how.add_argument("--out", metavar="DIR", help="folder of journal and reports (default reports/<arch>/)")
 
@@ -145,6 +151,14 @@ def _gate(command: Any) -> None:
 def _switch(command: Any, flag: str, help: str) -> None:
     """A flag that a settings file may have switched on, and that can be switched off again."""
     command.add_argument(flag, action=argparse.BooleanOptionalAction, help=help)
+
+
+def _bench(command: argparse.ArgumentParser) -> None:
+    command.add_argument("case", metavar="CASE", help="a case id, or report.json#N: the N-th red result of a record")
+    command.add_argument("--kernels", metavar="SPEC", help="whose kernels (default triton, or the record's)")
+    command.add_argument("--arch", metavar="ARCH", help="target (default this machine's GPU, else sm90; or the record's)")
+    command.add_argument("--timeout", type=float, metavar="S", help="seconds that one question may take")
+    command.add_argument("--offline", action="store_true", help="never connect; a wheel must be in the cache")
 
 
 def _mutants(command: argparse.ArgumentParser) -> None:

@@ -59,6 +59,7 @@ class RunOptions:
     offline: bool = False
     sanitize: bool = False
     save_failures: int = 0
+    """How many red cases to save as folders that replay without m3check; needs safetensors."""
     ledger: Path | None = None
     """TOML file of known failures, see m3check/ledger.py."""
     floors: tuple[str, ...] = ()
@@ -91,8 +92,6 @@ class RunOptions:
             raise M3CheckError(f"--timeout {self.timeout:g} leaves no time; give seconds, e.g. --timeout {TIME_LIMIT:g}")
         if self.sanitize:
             raise M3CheckError("--sanitize is not available in this version")
-        if self.save_failures:
-            raise M3CheckError("--save-failures is not available in this version")
         matcher(self.expr)
         if self.floors:
             from m3check.floors import parse

@@ -152,6 +152,7 @@ class World:
     pages: int = 0  # at least so many pages
     own_buffers: bool = False  # a kernel that can allocate its result is given no buffer
     apart: bool = False  # channels, ids and score columns are every second element of their rows
+    contiguous: bool = False  # pages in order; no run does so, since it hides mistakes, but a diagnosis may
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ class Pages:
         count = max(owned + SPARE_PAGES, world.pages)
         key = int.from_bytes(hashlib.sha256(f"{case!r}/{salt}".encode()).digest()[:8], "little") >> 1
         order = torch.randperm(count, generator=torch.Generator().manual_seed(key)).to(torch.int32) + first
+        if world.contiguous:
+            order = order.sort().values
         null, poisoned = order[-2:].tolist()
         if poisoned == first:  # page 0 is what kernels read in place of one that is hidden
             null, poisoned = poisoned, null

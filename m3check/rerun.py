@@ -22,12 +22,28 @@ Judge = Callable[[Inputs, "Run"], list[Finding]]
 
 
 def findings(
-    names: Sequence[str], kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting: Setting, judge: Judge
+    names: Sequence[str],
+    kernel: Kernel,
+    session: Session,
+    inputs: Inputs,
+    first: Run,
+    setting: Setting,
+    judge: Judge,
+    heard: Callable[[Inputs, World, Run], None] | None = None,
 ) -> list[Finding]:
-    """What the named invariants find on one result."""
+    """What the named invariants find on one result; `heard` is told of every further call."""
     from m3check.checks.invariants import memory, state
 
     trial = _trial(kernel, session, inputs, first, setting, judge)
+    if heard is not None:
+        call = trial.call
+
+        def told(changed: Inputs, world: World) -> Run:
+            run = call(changed, world)
+            heard(changed, world, run)
+            return run
+
+        trial.call = told
     chosen = invariants.chosen(names)
     found: list[Finding] = []
     worlds = {entry.name: entry.world for entry in chosen if entry.world is not None}

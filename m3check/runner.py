@@ -223,15 +223,21 @@ def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -
     return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None
 
 
+def setting_of(kernel: Kernel, session: Session) -> checks.Setting:
+    """How a kernel is judged as long as nothing is known of how it summed."""
+    from m3check import checks
+
+    return checks.Setting(profile=kernel.profile, arch=session.arch, evidence=session.evidence)
+
+
 def first_call(kernel: Kernel, inputs: Inputs, session: Session) -> tuple[Run, checks.Setting]:
     """A call in a world of NaN poison, and how it is to be judged; cells read unwritten are weighed by a second call."""
-    from m3check import checks
     from m3check.checks import accesses
     from m3check.checks.view import View
     from m3check.paging import World
 
     run = call(kernel, inputs, session)
-    setting = _summed(checks.Setting(profile=kernel.profile, arch=session.arch, evidence=session.evidence), run)
+    setting = _summed(setting_of(kernel, session), run)
     if any(access.misuse == "unwritten" for access in run.accesses or ()):
         again = call(kernel, inputs, session, World(poison="garbage"))
         accesses.weigh(View(OPS[inputs.case.op], inputs, run, {}, setting), again)

@@ -263,7 +263,6 @@ def test_with_no_disk_at_all_the_record_goes_to_stdout(m3check: Main, monkeypatc
         ("run --arch sm100 --timeout nan", "leaves no time"),
         ("run --arch sm100 -k '(a'", "a parenthesis is not closed"),
         ("run --arch sm100 --sanitize", "not available in this version"),
-        ("run --arch sm100 --save-failures 3", "not available in this version"),
         ("run --arch sm100 --colour", "unrecognized arguments: --colour"),
         ("run --arch sm100 --ki x", "unrecognized arguments"),
         ("list --arch sm100 --format tabel", "unknown format 'tabel'; did you mean table?"),

@@ -147,6 +147,11 @@ def analyse(view: View) -> Tests:
         tests.element.take((error.abs() * pairs.unit.float()), limit * pairs.unit.float(), row, head)
         residue = Residue.of(error, model)
         measured, allowed = row_limit(residue, model, pairs, surprise)
+        if "chart" in view.memo:  # made by checks/charts.py: where it is wrong, not only that it is
+            ratio = torch.where(error != 0, error.abs() / limit, 0)
+            view.memo["chart"][index[1], index[0]] = ratio.where(given.isfinite() == wanted.isfinite(), torch.inf).double()
+            view.memo["rows"][index[1], index[0]] = (measured / allowed).double()
+            view.memo["limit"][index[1], index[0]] = (limit * pairs.unit.float()).double()
         tests.row.take(measured, allowed, row, head)
         tests.token = best_token(residue, model, pairs, found, row, head, tests.token)
         tests.scale = best_scale(residue, model, pairs, found, row, head, tests.scale)

@@ -164,10 +164,11 @@ def _violations(view: View) -> tuple[list[tuple[str, Tensor, str]], Tensor, Tens
     return list(zip(names, groups, words, strict=True)), rank, margin, chosen
 
 
-def wrong_rows(view: View) -> Tensor:
-    """Rows [H, T] whose list is broken or not the best, where the profile promises that it is."""
+def wrong_rows(view: View, *, promised: bool) -> Tensor:
+    """Rows [H, T] whose list is broken or not the best; with `promised` only where the profile says that it is neither."""
     rows = [*(rows for rows, _ in _faults(view)), *(rows for _, rows, _ in _violations(view)[0])]
-    return torch.stack(rows).any(0) & _promised(view, _own_scores(view)[0])
+    wrong = torch.stack(rows).any(0)
+    return wrong & _promised(view, _own_scores(view)[0]) if promised else wrong
 
 
 def check_optimality(view: View) -> list[Finding]:

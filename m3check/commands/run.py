@@ -36,6 +36,10 @@ def main(arguments: argparse.Namespace) -> int:
     progress = Progress(sys.stderr, options.strict)
     options = replace(options, progress=lambda event: progress(_covered(event, gate)))
     check_writable(options.folder)
+    if options.save_failures:
+        from m3check.explain import saving
+
+        saving.check()
     try:
         with _signals(signal.SIGTERM, _interrupt):  # what ends a job in CI must leave a report as ctrl-C does
             record = _run(options, progress)
@@ -48,6 +52,9 @@ def main(arguments: argparse.Namespace) -> int:
     with _signals(signal.SIGINT, signal.SIG_IGN):  # a second ctrl-C must not cut the report off
         record, report = _write(record, options.folder)
     _print(record)
+    if options.save_failures:
+        for folder in saving.save(record, options, talk):
+            talk(f"m3check: saved {folder}: python {folder}/repro.py")
     github.tell(record)
     talk(f"m3check: exit {record.exit.code}: {record.exit.reason}; report: {report}")
     return record.exit.code
