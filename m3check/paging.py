@@ -285,12 +285,14 @@ def far_page(case: Case, index: bool) -> int:
 
 
 def pack_index_cache(inputs: Inputs, pages: Pages, poison: Poison) -> Tensor:
-    """Index keys [N, D] as the index cache [page, 128, D], poison wherever no token lives."""
+    """Index keys [N, D] as the index cache [page, 128, D], poison wherever no token lives, in every second slot negated."""
     keys = inputs.idx_k
     assert keys is not None
     layers = POOL_LAYERS if inputs.case.layout == "pool" else 1
     storage = _pages([layers, BLOCK, keys.shape[-1]], pages, poison, keys)
     cache = storage[:, layers // 2]
+    if poison == "garbage":  # of both signs, since a query may hide one of them from a maximum
+        words(cache)[pages.first :, 1::2] ^= {1: 0x80, 2: -0x8000, 4: -0x80000000}[cache.element_size()]
     slots = pages.slots(inputs.case)
     _bytes(cache)[slots // BLOCK, slots % BLOCK] = _bytes(keys)
     return cache
