@@ -167,6 +167,8 @@ def restored(result: Result) -> Result:
     if result.status is not Status.KNOWN or note is None:
         return result
     status, _, reason = note.hint.partition(": ")
+    if status not in list(Status):
+        return result  # not written by this m3check
     findings = tuple(f for f in result.findings if f.check != FINDING)
     return replace(result, status=Status(status), reason=reason, findings=findings)
 

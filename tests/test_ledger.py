@@ -186,3 +186,9 @@ def test_two_coverings_say_the_same_once(tmp_path: Path) -> None:
 
     assert once.reason.startswith("ids: lost; ")
     assert ledger.cover(once, "sm100", False, DAY) == once
+
+
+def test_a_note_that_m3check_did_not_write_restores_nothing() -> None:
+    odd = result(Status.KNOWN, findings=(finding("ledger", Status.KNOWN, hint="whatever"),))
+
+    assert restored(odd) is odd

@@ -176,3 +176,34 @@ def test_every_format_tells_one_record_and_several_and_leaves_its_file(told: rep
     report.write(green(), tmp_path)
     assert not told.file or (tmp_path / told.file).read_text(encoding="utf-8") == one
     assert {path.name for path in tmp_path.iterdir()} == set(report.FILES.values())
+
+
+GATE = {
+    "ledger": "known.toml",
+    "known": 2,
+    "floors": ["min_cases=3"],
+    "breaches": [{"sentence": "floor min_cases: <b>decode</b> ran 1 case", "file": "", "line": 0}],
+    "waiting": ["known.toml, entry 1 selects 3 cases that are not in this part of the run"],
+}
+
+
+def test_a_gate_is_told_after_the_head_and_a_breach_is_no_green_junit() -> None:
+    plain = green()
+    gated = replace(plain, exit=Exit(1, "floor min_cases"), environment={**plain.environment, "gate": GATE})
+    text = markdown.render(gated)
+
+    assert text.index("# m3check sm100: RED") < text.index("## Gate") < text.index("## Summary")
+    assert "- **floor min_cases: &lt;b>decode&lt;/b> ran 1 case**" in text
+    assert "- not judged here: known.toml, entry 1 selects 3 cases" in text
+    assert "- ledger `known.toml`: 2 known failures\n- floors: `min_cases=3`" in text
+    assert "## Gate" not in markdown.render(plain)
+    root = ElementTree.fromstring(junit.render([gated]))
+    assert (root.get("errors"), root.get("failures")) == ("1", "0")
+    assert ElementTree.fromstring(junit.render([plain])).get("errors") == "0"
+
+
+@pytest.mark.parametrize("odd", ["text", {"breaches": "text"}, {"breaches": ["text", {"line": "x"}], "floors": [3]}])
+def test_a_gate_of_another_shape_breaks_no_report(odd: object) -> None:
+    plain = green()
+
+    assert markdown.render(replace(plain, environment={**plain.environment, "gate": odd}))

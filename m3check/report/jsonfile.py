@@ -132,7 +132,9 @@ _WORDS = {
         "tool": "name and version of what wrote this",
         "arch": "the target that was asked for, e.g. sm100",
         "environment": "where it ran: `machine` and `date` (ISO 8601, UTC) in words, and the versions that were used; "
-        "`power`: named defects as [stage, words, cases that would refuse it, cases whose right answer it changes]",
+        "`power`: named defects as [stage, words, cases that would refuse it, cases whose right answer it changes]; "
+        "`gate`: ledger, number of known failures, floors, breaches {sentence, file, line}, and what waits for a merge; "
+        "`merged`: the commands of a merge's parts",
         "command": "the command line that makes this record again",
         "exit": "the exit code and the sentence that explains it",
         "summary": "{status: count}",

@@ -5,8 +5,22 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
-from m3check.report import targets
-from m3check.report.tables import cell, code, evidence_of, figure, flat, groups, in_op_order, machine, ran, ratio, table
+from m3check.report import compiled, tally, targets
+from m3check.report.tables import (
+    EVIDENCE_RANK,
+    cell,
+    code,
+    computed,
+    evidence_of,
+    figure,
+    flat,
+    groups,
+    in_op_order,
+    machine,
+    ran,
+    ratio,
+    table,
+)
 from m3check.report.tally import GATE, breaches, red_word, strict
 from m3check.types import Finding, Record, Result, Status
 
@@ -22,6 +36,7 @@ def render(record: Record) -> str:
         summary,
         failures,
         targets.production,
+        compiled.kernels,
         margins,
         targets.sums,
         power,
@@ -63,26 +78,29 @@ def evidence_sentence(record: Record) -> str:
 
 def gate(record: Record) -> str:
     """What ledger and floors say of the run as a whole, breaches first."""
-    facts = record.environment.get(GATE)
-    if not isinstance(facts, dict):
+    facts = tally.gate(record)
+    if not facts:
         return ""
     lines = [f"- **{cell(breach.sentence)}**" for breach in breaches(record)]
-    lines += [f"- not judged here: {cell(sentence)}" for sentence in facts.get("waiting", ())]
+    lines += [f"- not judged here: {cell(sentence)}" for sentence in facts.get("waiting") or ()]
     if facts.get("ledger"):
-        lines.append(f"- ledger {code(str(facts['ledger']))}: {facts.get('known', 0)} known failures")
+        known = facts.get("known", 0)
+        lines.append(f"- ledger {code(str(facts['ledger']))}: {known} known failure{'s' if known != 1 else ''}")
     if facts.get("floors"):
-        lines.append(f"- floors: {code(' '.join(facts['floors']))}")
+        lines.append(f"- floors: {code(' '.join(map(str, facts['floors'])))}")
     return "## Gate\n\n" + "\n".join(lines)
 
 
 def summary(record: Record) -> str:
     """Op × provider × status."""
     rows, seen = [], [s for s in Status if s.value in record.summary]
-    for op, provider, results in groups(record.results):
-        kinds = ", ".join(sorted({r.evidence for r in results if ran(r)})) or "–"
-        counts = Counter(r.status for r in results)
-        counts[Status.NOTED] = _noted(results)
-        rows.append([op, provider, kinds, *(counts[s] or "" for s in seen), len(results)])
+    for op, provider, every in groups(record.results):
+        for kind in sorted({r.evidence for r in every}, key=lambda kind: -EVIDENCE_RANK[kind]):
+            results = [r for r in every if r.evidence == kind]
+            counts = Counter(r.status for r in results)
+            counts[Status.NOTED] = _noted(results)
+            shown = kind if any(ran(r) for r in results) else "–"
+            rows.append([op, provider, shown, *(counts[s] or "" for s in seen), len(results)])
     if not rows:
         return ""
     headers = ["op", "provider", "evidence", *(s.value for s in seen), "results"]
@@ -116,7 +134,8 @@ def margins(record: Record) -> str:
     """Soundness: how much of its limit each check used where it passed."""
     found: dict[tuple[str, str], list[tuple[float, Result]]] = {}
     exact: Counter[tuple[str, str]] = Counter()
-    for result in record.results:
+    results = [r for r in record.results if computed(r)]  # what compiling measured has a table of its own
+    for result in results:
         for finding in result.findings:
             if finding.status is not Status.PASSED:
                 continue
@@ -126,8 +145,8 @@ def margins(record: Record) -> str:
             else:
                 found.setdefault((finding.check, result.op), []).append((used, result))
     rows = []
-    for check in dict.fromkeys(f.check for r in record.results for f in r.findings):
-        for op in in_op_order(r.op for r in record.results):
+    for check in dict.fromkeys(f.check for r in results for f in r.findings):
+        for op in in_op_order(r.op for r in results):
             if used_by := found.get((check, op)):
                 used, result = max(used_by, key=lambda pair: pair[0])
                 middle = statistics.median(pair[0] for pair in used_by)

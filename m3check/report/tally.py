@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from m3check.types import RED, STRICTLY_RED, Breach, Record, Result, Status
 
@@ -46,8 +47,18 @@ def summarise(results: Iterable[Result]) -> dict[str, int]:
     return {status.value: counts[status] for status in Status if counts[status]}
 
 
+def gate(record: Record) -> Mapping[str, Any]:
+    """What a record says of its gate; empty where none was asked for."""
+    facts = record.environment.get(GATE)
+    return facts if isinstance(facts, Mapping) else {}
+
+
 def breaches(record: Record) -> tuple[Breach, ...]:
     """What makes a record red although no result is."""
-    facts = record.environment.get(GATE)
-    told = facts.get("breaches", ()) if isinstance(facts, dict) else ()
-    return tuple(Breach(str(b.get("sentence", "")), str(b.get("file", "")), int(b.get("line", 0))) for b in told)
+    told = gate(record).get("breaches")
+    found = []
+    for each in told if isinstance(told, list) else ():
+        if isinstance(each, Mapping):  # a record is a file that anyone may have written
+            line = each.get("line")
+            found.append(Breach(str(each.get("sentence")), str(each.get("file", "")), line if isinstance(line, int) else 0))
+    return tuple(found)
