@@ -207,3 +207,31 @@ def test_a_gate_of_another_shape_breaks_no_report(odd: object) -> None:
     plain = green()
 
     assert markdown.render(replace(plain, environment={**plain.environment, "gate": odd}))
+
+
+def test_what_was_compiled_has_a_table_of_its_own_and_is_no_margin():
+    def passed(check, measured=None, limit=None, where="k #1 warps=4 stages=2", hint=""):
+        return finding(check, Status.PASSED, measured=measured, limit=limit, where=where, hint=hint)
+
+    other = "k #2 warps=4 stages=1"
+    found = (
+        passed("shared_memory", 1024.0, 65_536.0),
+        passed("shared_memory", 4096.0, 65_536.0, other),
+        passed("registers", 48.0, 512.0),
+        passed("registers", 32.0, 512.0, other),
+        passed("spills", 0.0, 2048.0),
+        passed("occupancy", 8.0, 32.0),
+        passed("occupancy", 16.0, 32.0, other),
+        passed("matrix", hint="v_mfma_f32_16x16x16_bf16"),
+        passed("matrix", hint="v_mfma_f32_16x16x16_bf16 (fp8 upcast)", where=other),
+    )
+    made = record(result(), result(evidence="compiled", findings=found))
+    text = markdown.render(made)
+    [row] = [line for line in text.splitlines() if line.startswith("| triton") and "| k " in line]
+    assert [word.strip() for word in row.strip("|").split("|")] == [
+        "triton", "k", "2", "4,096", "48", "0", "8 of 32", "v_mfma_f32_16x16x16_bf16 (fp8 upcast)",
+    ]  # fmt: skip
+    assert "shared_memory" not in markdown.margins(made)
+    rows = [line.split("|")[3].strip() for line in markdown.summary(made).splitlines() if "sparse_attn" in line]
+    assert rows == ["interpreted", "compiled"], "one row for each kind of evidence"
+    assert "## Compiled" not in markdown.render(record(result()))
