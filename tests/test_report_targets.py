@@ -115,6 +115,12 @@ def test_a_matrix_tells_each_kind_of_evidence_apart():
     assert row["by_evidence"]["compiled"] == {"results": 1, "red": 0, "worst": pytest.approx(0.90625)}
 
 
+def test_a_note_is_no_margin_of_a_matrix():
+    noted = finding("element", Status.NOTED, measured=1e45, limit=1.0)
+    told = record(result(findings=(finding(measured=0.4), noted)))
+    assert "1 of 1 passed, interpreted, 0.4" in _squeezed(report.render([told, replace(told, arch="sm90")], "md"))
+
+
 def test_measured_accumulators_are_told_by_op_and_instruction():
     device = {"evidence": "device", "op": "index_score"}
     told = record(

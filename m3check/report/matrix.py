@@ -24,7 +24,7 @@ from m3check.report.tables import (
     worst_ratio,
 )
 from m3check.report.tally import red_word, strict
-from m3check.types import Evidence, Record, Result, Status
+from m3check.types import Evidence, Finding, Record, Result, Status
 
 
 def render(records: Sequence[Record]) -> str:
@@ -137,9 +137,13 @@ def _by_evidence(results: Sequence[Result]) -> list[tuple[Evidence, list[Result]
 
 
 def _worst(results: Sequence[Result]) -> float | None:
-    """The worst measured/limit; of compiled kernels that of shared memory, since their other figures are no margins."""
-    compiled = [replace(r, findings=tuple(f for f in r.findings if f.check == "shared_memory")) for r in results]
-    return worst_ratio(compiled if any(r.evidence == "compiled" for r in results) else results)
+    """The worst measured/limit of what is promised; of compiled kernels that of shared memory: the rest are no margins."""
+
+    def counts(result: Result, finding: Finding) -> bool:
+        promised = finding.status is not Status.NOTED
+        return promised and (result.evidence != "compiled" or finding.check == "shared_memory")
+
+    return worst_ratio(replace(r, findings=tuple(f for f in r.findings if counts(r, f))) for r in results)
 
 
 def _red(results: Sequence[Result], stern: bool) -> int:
