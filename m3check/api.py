@@ -135,7 +135,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     with isolate.Pool(jobs, make, options.timeout) as pool:
         try:
             if due:
-                facts |= _introduce(pool.greet(groups), options)
+                facts |= introduced(pool.greet(groups))
                 _run_due(pool, due, results, facts, options)
         except KeyboardInterrupt:
             interrupted = True
@@ -148,7 +148,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     return _record(gated, ordered, facts, interrupted)
 
 
-def _introduce(hellos: Mapping[Group, Mapping[str, Any]], options: RunOptions) -> dict[str, Any]:
+def introduced(hellos: Mapping[Group, Mapping[str, Any]]) -> dict[str, Any]:
     """Facts for the record from the workers' hellos; raises M3CheckError when one refused."""
     said = set()
     for group, hello in hellos.items():

@@ -24,6 +24,7 @@ COMMANDS = (  # in the order of the help: name, one line
     ("show", "one record as a report, several as an op × arch × provider table"),
     ("compare", "two records of one target: what got worse; exits 1 on a regression"),
     ("merge", "several records of one target into one"),
+    ("soak", "many seeds of the same cases, told in few words: for false alarms and rare mistakes"),
     ("mutants", "measure the harness: wrong kernels on purpose, and how many of them a tier turns red"),
     ("doctor", "what this machine has, what is missing, and what to do about it"),
     ("schema", "the JSON Schema of report.json"),
@@ -94,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
         "--show-config", action="store_true", help="only print each setting with its origin (m3check.toml, M3CHECK_*)"
     )
     _mutants(made["mutants"])
+    _selection(made["soak"])
+    _soak(made["soak"])
     return whole
 
 
@@ -159,6 +162,16 @@ def _bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--arch", metavar="ARCH", help="target (default this machine's GPU, else sm90; or the record's)")
     command.add_argument("--timeout", type=float, metavar="S", help="seconds that one question may take")
     command.add_argument("--offline", action="store_true", help="never connect; a wheel must be in the cache")
+
+
+def _soak(command: argparse.ArgumentParser) -> None:
+    how = command.add_argument_group("how")
+    how.add_argument("--seeds", required=True, metavar="A..B", help="every case with each of these seeds; N means 1..N")
+    how.add_argument("--minutes", type=float, metavar="M", help="stop then, and tell what has come (default: no limit)")
+    how.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: as the machine allows, 6 on a GPU)")
+    how.add_argument("--timeout", type=float, metavar="S", help="seconds for 50 seeds of a case (default 200)")
+    _switch(how, "--strict", help="noted, mistrusted and inconclusive are red as well")
+    how.add_argument("--out", metavar="DIR", help="write soak.json there")
 
 
 def _mutants(command: argparse.ArgumentParser) -> None:

@@ -72,12 +72,16 @@ class Service:
         }
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """One case; the answer is a Result as JSON-ready data."""
+        """One case, or many seeds of one; the answer is a Result (or a tally) as JSON-ready data."""
         assert self.session is not None
         if "do" in message:
             from m3check.explain import service
 
             return service.answer(self.session, message)
+        if "seeds" in message:
+            from m3check import soak
+
+            return soak.answer(self.session, message)
         line = msgspec.convert(message["line"], PlanLine)
         case = cases.parse_id(line.case)
         result: dict[str, Any] = msgspec.to_builtins(runner.run_one(case, self.session, line, message["repro"]))
