@@ -141,7 +141,7 @@ FNUZ = frozenset({"fp8_e4m3fnuz", "fp8_e5m2fnuz"})
 
 def _cut(instruction: str, operands: str, bits: int, inner: int, source: str, output_bits: int = 23) -> Mma:
     """An NVIDIA instruction: alignment and result are cut toward zero."""
-    origin = f"{instruction} {operands}, {bits} fraction bits"
+    origin = f"{instruction} {operands}, {bits} bits"
     operand_bits = 11 if operands == "tf32" else None
     return Mma(instruction, operands, Accumulator(bits, inner, operand_bits, origin, output_bits), source)
 
@@ -165,7 +165,7 @@ def _mma(bits: int, inner: int, source: str, instruction: str = "mma") -> tuple[
 
 def _mfma(operands: str, bits: int, inner: int, source: str, operand_bits: int | None = None) -> Mma:
     """An AMD instruction: alignment is cut, the result rounded to nearest."""
-    origin = f"v_mfma {operands}, {bits} fraction bits"
+    origin = f"v_mfma {operands}, {bits} bits"
     return Mma("v_mfma", operands, Accumulator(bits, inner, operand_bits, origin, nearest=True), source)
 
 

@@ -314,7 +314,7 @@ class Sums:
     """How a kernel added up products on a device."""
 
     by: str
-    """The least precise of the matrix instructions that ran, with its fraction bits, or `fp32`."""
+    """The least precise of the matrix instructions that ran, by operands and fraction bits, or `fp32`."""
     bits: float | None = None
     """Effective bits: -log2 of the largest |score - s| / Σ|q·k| that was seen; None where no scores tell."""
 

@@ -320,6 +320,11 @@ def test_archs_show_every_target_and_explain_one(m3check: Main) -> None:
     code, out, _ = m3check("archs --explain gfx942")
     assert code == 0
     assert "65536 bytes" in out
+    assert "Khattak & Mikaitis" in out
+    assert "AITER sparse paged attention" in out
+    _, out, _ = m3check("archs --explain sm100")
+    assert "fmha_sm100 OnlyScore" in out
+    assert "not run here, needs SM100" in out
 
 
 def test_kernels_show_every_provider_and_the_signatures(m3check: Main) -> None:

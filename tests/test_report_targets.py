@@ -124,13 +124,13 @@ def test_a_note_is_no_margin_of_a_matrix():
 def test_measured_accumulators_are_told_by_op_and_instruction():
     device = {"evidence": "device", "op": "index_score"}
     told = record(
-        result(sums=Sums("wgmma fp8, 13 fraction bits", 11.0), **device),
-        result(sums=Sums("wgmma fp8, 13 fraction bits", 10.4), case="index_score/b", **device),
+        result(sums=Sums("wgmma fp8, 13 bits", 11.0), **device),
+        result(sums=Sums("wgmma fp8, 13 bits", 10.4), case="index_score/b", **device),
         result(sums=Sums("fp32"), evidence="device"),
         arch="sm90",
     )
     text = _squeezed(targets.sums(told))
-    assert "| index_score | triton | bf16 | wgmma fp8, 13 fraction bits | 2^-10.4 | 2 |" in text
+    assert "| index_score | triton | bf16 | wgmma fp8, 13 bits | 2^-10.4 | 2 |" in text
     assert "| sparse_attn | triton | bf16 | fp32 | no scores to measure | |" in text
     assert "Not measured" not in text
 

@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from m3check import cases, reference
-from m3check.arch import find_arch
+from m3check import cases, reference, runner
+from m3check.arch import Arithmetic, find_arch
+from m3check.checks import Setting
 from m3check.checks.sums import effective_bits
 from m3check.numerics import added_up
+from m3check.paging import Run
 from m3check.report import jsonfile
-from m3check.types import Record, Sums
+from m3check.types import Profile, Record, Sums
 
 CASE = "index_score/q=70+3,kv=700+260,h=2,dtype={0},cache={0},fill={1}"
 
@@ -77,9 +79,22 @@ def test_nothing_is_said_of_whole_numbers_and_of_no_error():
 def test_a_record_keeps_sums_and_leaves_them_out_where_there_are_none():
     from records import record, result
 
-    wanted = record(result(sums=Sums("wgmma fp8, 13 fraction bits", 10.4)), result(op="index_topk"))
+    wanted = record(result(sums=Sums("wgmma fp8, 13 bits", 10.4)), result(op="index_topk"), result(sums=Sums("fp32")))
     text = jsonfile.dumps(wanted)
-    assert text.count('"sums"') == 1
+    assert text.count('"sums"') == 2
+    assert '"sums":{"by":"fp32"}' in text
     read = jsonfile.loads(text)
     assert isinstance(read, Record)
     assert [r.sums for r in read.results] == [r.sums for r in wanted.results]
+
+
+def test_a_call_on_a_device_says_by_what_and_to_how_many_bits_it_summed():
+    problem, expected = made()
+    sm90 = find_arch("sm90")
+    setting = Setting(profile=Profile(), evidence="device", arch=sm90)
+    run = Run({"score": scores(problem, sm90.accumulator("16"))}, arithmetic=Arithmetic(score=sm90.accumulator("16")))
+    sums = runner.Judge(problem, setting).sums(run)
+    assert sums == Sums("wgmma 16, 25 bits", round(effective_bits(problem, run.outputs["score"], expected), 1))
+    assert runner.Judge(problem, setting).sums(Run({})) is None, "nobody knows how it summed"
+    topk = cases.make_inputs(cases.parse_id("index_topk/q=3,kv=700,h=2,topk=3"), "cpu")
+    assert runner.Judge(topk, setting).sums(Run({}, arithmetic=Arithmetic())) is None, "it multiplies nothing"

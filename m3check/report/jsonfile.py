@@ -156,7 +156,7 @@ _WORDS = {
     },
     "Sums": {
         "by": "the least precise of the matrix instructions that ran, with its fraction bits; or fp32",
-        "bits": "-log2 of the largest |score - s| / Σ|q·k|; null where no scores tell",
+        "bits": "-log2 of the largest |score - s| / Σ|q·k|; left out where no scores tell",
     },
     "Finding": {
         "check": "which check",
@@ -208,8 +208,9 @@ def _lean(result: Result) -> dict[str, Any]:
         findings.append(told)
     axes = {name: value for name, value in result.axes.items() if value != _usual(result.axes).get(name, _MOVED)}
     told = {**_fields(result), "axes": axes, "findings": findings}
-    if result.sums is None:
-        del told["sums"]
+    del told["sums"]
+    if result.sums is not None:
+        told["sums"] = {name: value for name, value in _fields(result.sums).items() if value is not None}
     return told
 
 
