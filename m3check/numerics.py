@@ -58,15 +58,15 @@ class Measured:
         return "finer" if self.simulated is not None and self.bits > self.simulated + CLOSE else "yes"
 
 
-def added_up(a: Tensor, b: Tensor, how: Accumulator) -> Tensor:
-    """a [m, D] times b [n, D] transposed in fp64, summed from 0 as an instruction does: align, cut, add, cut or round."""
+def added_up(a: Tensor, b: Tensor, how: Accumulator, start_from: Tensor | None = None) -> Tensor:
+    """a [m, D] times b [n, D] transposed in fp64, added to 0 or to [m, n] as an instruction does: align, cut, add, cut."""
     import torch
 
     assert how.fraction_bits is not None
     a, b = a.double(), b.double()
     if how.operand_bits is not None:
         a, b = _cut(a, how.operand_bits - 1), _cut(b, how.operand_bits - 1)
-    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device) if start_from is None else start_from
     for start in range(0, a.shape[1], how.inner):
         left, right = a[:, None, start : start + how.inner], b[None, :, start : start + how.inner]
         terms = torch.cat([total[..., None], left * right], -1)
