@@ -116,11 +116,11 @@ def _tensor_memory(variant: Variant, figures: Figures) -> Finding:
 def _spills(variant: Variant, figures: Figures, arch: Arch) -> Finding:
     """Red where a thread keeps more outside its registers than it can hold inside: it needs over twice what there is.
 
-    Spilling is slow, not wrong, so that fewer bytes are a figure in the report, and from an eighth of the registers a note.
+    Spilling is slow, not wrong, so that fewer bytes are a figure in the report, and from half of its registers on a note.
     """
     room = 4 * arch.registers
     limit = float(room)
-    if figures.spilled * 8 <= room:
+    if figures.spilled * 2 <= room:
         return Finding("spills", Status.PASSED, float(figures.spilled), limit, variant.name)
     status = Status.NOTED if figures.spilled <= room else Status.FAILED
     hint = (

@@ -22,8 +22,8 @@ def kernels(record: Record) -> str:
     rows = [(*key, *_row(findings)) for key, findings in found.items()]
     text = (
         f"Cross-compiled for {record.arch} by Triton {record.environment.get('triton', '')}, each variant once. Of all of "
-        "them the most shared memory (bytes of a block), registers and spilled bytes (of a thread), and the least occupancy "
-        "(warps at once, of those that a multiprocessor can hold)."
+        "them the most shared memory (bytes of a block), registers and spilled bytes (of a thread), and the least occupancy"
+        " (warps at once, of those that a multiprocessor can hold)."
     )
     headers = [
         "provider",
