@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from m3check import api, cases, isolate, runner
-from m3check.arch import ARCHS
+from m3check import api, cases, isolate, kernels, runner
+from m3check.arch import ARCHS, present
 from m3check.compiled import figures, findings
 from m3check.compiled.figures import Figures
 from m3check.compiled.report import told_once
 from m3check.compiled.sweep import sweeps
 from m3check.config import RunOptions
+from m3check.kernels import contract
 from m3check.types import Finding, PlanLine, Result, Status
 
 PLANTED = Path(__file__).with_name("planted.py")
@@ -115,6 +116,39 @@ def test_a_kernel_without_triton_has_nothing_to_compile(compiled, tmp_path):
     skipped = compiled("sm90", "index_topk/q=3,kv=700,h=2,topk=3", str(tmp_path / "plain.py"))
     assert skipped.status is Status.SKIPPED
     assert "launches no Triton kernel" in skipped.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", ["index_score/q=70,kv=2500", "sparse_attn_decode/q=3,kv=1664,h=2,g=5,topk=6,dtype=fp32,cache=fp32"]
+)
+def test_what_is_cross_compiled_is_what_the_driver_loads(compiled, case, monkeypatch):
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    index, name = next((index, name) for index, name in present() if name in ARCHS)
+    launch, loaded = JITFunction.run, {}
+
+    def recorded(self, *args, **kwargs):
+        made = launch(self, *args, **kwargs)
+        loaded[self.__name__] = made
+        return made
+
+    monkeypatch.setattr(JITFunction, "run", recorded)
+    parsed = cases.parse_id(case)
+    kernel = kernels.load(kernels.parse_spec("triton"), ARCHS[name], "device", True).kernels[parsed.op]
+    contract.call(kernel, cases.make_inputs(parsed, f"cuda:{index}"))
+    torch.cuda.synchronize(index)
+    result = compiled(name, case, "triton")
+    assert result.status is Status.PASSED, result.reason
+    assert loaded
+    for function, made in loaded.items():
+        told = {f.check: f for f in result.findings if f.where.startswith(f"{function} #")}
+        assert told["shared_memory"].measured == made.metadata.shared
+        assert told["registers"].measured == made.n_regs  # as the driver has it
+        assert told["spills"].measured == 4 * made.n_spills
+        assert figures.read(made).registers == made.n_regs
+        assert told["matrix"].hint.partition(" (")[0] == " ".join(figures.read(made).matrix)
 
 
 # Without a compiler.

@@ -12,7 +12,7 @@ import pytest
 from records import finding, green, nothing, record, red, result
 
 from m3check import report
-from m3check.report import junit, markdown, tables
+from m3check.report import jsonfile, junit, markdown, tables
 from m3check.types import Exit, M3CheckError, Status
 
 
@@ -232,6 +232,7 @@ def test_what_was_compiled_has_a_table_of_its_own_and_is_no_margin():
         "triton", "k", "2", "4,096", "48", "0", "8 of 32", "v_mfma_f32_16x16x16_bf16 (fp8 upcast)",
     ]  # fmt: skip
     assert "shared_memory" not in markdown.margins(made)
+    assert markdown.render(jsonfile.loads(jsonfile.dumps(made))) == text, "a report can be made again from report.json"
     rows = [line.split("|")[3].strip() for line in markdown.summary(made).splitlines() if "sparse_attn" in line]
     assert rows == ["interpreted", "compiled"], "one row for each kind of evidence"
     assert "## Compiled" not in markdown.render(record(result()))

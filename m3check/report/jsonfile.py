@@ -2,8 +2,8 @@
 
 JSON has no numbers for NaN and the infinities, so `measured` and `limit` hold the strings "nan", "inf" and "-inf" there;
 the reader turns them back. To keep thousands of results under four megabytes, figures have six significant digits; axes
-that few cases move stand only where they are moved; a finding that passed goes without its place, without an empty hint,
-and without figures where an exact check measured 0. Every other finding has all of its fields. Keys that a reader does
+that few cases move stand only where they are moved; a finding that passed goes without its place (but names a compiled
+variant), without an empty hint, and without figures where an exact check measured 0. Every other finding has all of its fields. Keys that a reader does
 not know are ignored, so a later minor version may add some.
 """
 
@@ -163,7 +163,7 @@ _WORDS = {
         "status": "its judgement; noted: breaks the contract where the provider promises nothing",
         "measured": 'what was found, in the unit of `limit`; "nan", "inf" and "-inf" where it is no number',
         "limit": "the largest that correct arithmetic can explain; 0, null or left out where the check is exact",
-        "where": "the place, in tokens, heads and blocks; left out where it passed",
+        "where": "the place, in tokens, heads and blocks, of compiled results the variant; left out where what ran passed",
         "hint": "what the mistake looks like",
     },
 }
@@ -200,7 +200,8 @@ def _lean(result: Result) -> dict[str, Any]:
     for finding in result.findings:
         told = _fields(finding)
         if finding.status is Status.PASSED:
-            del told["where"]
+            if result.evidence != "compiled":  # there it names the variant
+                del told["where"]
             if not finding.hint:
                 del told["hint"]
             if not finding.measured and not finding.limit:
