@@ -126,8 +126,10 @@ def _judged(stand: Stand, suspect: Suspect, problem: Inputs, expected: Outputs, 
         if bool((failing & wrong).any()) or not bool((changed & wrong).any()):
             return None
         return Match(suspect, answer, changed, not bool((failing & changed).any()))
-    if problem.q is not None and scene.problem.q is not None and problem.q.shape[-1] != scene.problem.q.shape[-1]:
-        problem = scene.problem  # one more channel hides a token by a huge key: the bound is that of the plain inputs
+    if not _alike(problem, scene.problem):
+        problem = (
+            scene.problem
+        )  # a channel that hides a token by a huge key, slots twice: the bound is that of the plain inputs
     actual = stand.shown(problem, expected, actual)
     rounded = answer.to(actual.dtype)
     nan = answer.isnan()
@@ -155,6 +157,14 @@ def _judged(stand: Stand, suspect: Suspect, problem: Inputs, expected: Outputs, 
         problem, safe, actual.where(cells_wrong | _cells(elsewhere, actual, scene), rounded).where(~nan, 0.0)
     )
     return Match(suspect, answer, differs, everywhere)
+
+
+def _alike(one: Inputs, two: Inputs) -> bool:
+    """Whether queries and id lists have the same shapes."""
+    return all(
+        (a is None) == (b is None) and (a is None or b is None or a.shape == b.shape)
+        for a, b in ((one.q, two.q), (one.topk_idx, two.topk_idx))
+    )
 
 
 def _cells(rows: Tensor, like: Tensor, scene: Scene) -> Tensor:

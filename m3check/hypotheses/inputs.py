@@ -238,10 +238,11 @@ def largest_of_heads(scene: Scene) -> Tensor | None:
 
 def columns_cut(scene: Scene) -> Tensor | None:
     """Columns from some block on are not written; from which one is read off the output."""
+    import torch
+
     unwritten = scene.actual.isnan().all(0).all(0)
     if not bool(unwritten.any()) or bool(unwritten.all()):
         return None
     first = int(unwritten.int().argmax())
-    right = scene.right.clone()
-    right[..., first:] = math.nan
-    return right
+    column = torch.arange(unwritten.shape[0], device=unwritten.device)
+    return scene.right.masked_fill((column >= first) & scene.right.isfinite(), math.nan)

@@ -95,7 +95,7 @@ SUSPECTS: tuple[Suspect, ...] = (
     Suspect("select_magnitude", "select", "scores compare by their magnitude",
             selected.ranked(lambda s: s.abs().where(s.isfinite(), s))),
     *(Suspect(f"select_ties_{most}", "select", f"of the blocks that tie with the last one taken, {most} are kept",
-              result=selected.ties_capped(most)) for most in (1, 2, 4, 8)),
+              result=selected.ties_capped(most)) for most in (1, 2, 4)),
     Suspect("select_cut_sorted", "select", "more than topk are selected, sorted by id, and cut",
             result=selected.cut_after_sort),
     Suspect("select_slots_cut", "select", "fewer slots are filled than topk, with the best blocks",
