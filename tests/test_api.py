@@ -68,3 +68,4 @@ def test_a_written_record_is_read_back(tmp_path):
     told = [(r.case, r.provider, r.status, r.axes) for r in m3check.load_record(path).results]
     assert told == [(r.case, r.provider, r.status, r.axes) for r in record.results]
     assert json.loads(path.read_text())["exit"]["code"] == 0
+    assert {entry["evidence"] for entry in record.environment["dispatch"]} >= {"not run here, needs SM100"}

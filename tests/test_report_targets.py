@@ -155,3 +155,25 @@ def test_accumulators_that_nobody_measured_come_from_the_table_with_their_source
 
 def _squeezed(text: str) -> str:
     return "\n".join(" ".join(line.split()) for line in text.splitlines())
+
+
+def test_a_merge_works_out_anew_what_production_runs(tmp_path, capsys):
+    from m3check import cli
+    from m3check.report import jsonfile
+
+    command = "m3check run --arch sm100 --kernels vllm==0.33.0 --shard {}/2"
+    parts = [result(**VLLM), result(op="sparse_attn_decode", **VLLM)]
+    for i, each in enumerate(parts, 1):
+        told = record(each, command=command.format(i))
+        told = replace(told, environment={**told.environment, "dispatch": dispatch.summary("sm100", [each], {})})
+        (tmp_path / f"{i}.json").write_text(jsonfile.dumps(told))
+    assert cli.main(["merge", str(tmp_path / "1.json"), str(tmp_path / "2.json")]) == 0
+    merged = jsonfile.loads(capsys.readouterr().out)
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in targets.listed(merged.environment)}
+    assert by["sparse_attn_decode", "Triton (common)"] == "interpreted: 1 passed"
+    assert by["index_score", "fmha_sm100 OnlyScore"] == "not run here, needs SM100"
+
+
+def test_a_record_without_the_list_says_nothing_of_production():
+    assert targets.production(record(result())) == ""
+    assert targets.listed({"dispatch": "lost in a merge"}) == []
