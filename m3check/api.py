@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m3check import arch as arches
 from m3check import cases as _cases
 from m3check import dispatch, gate, isolate, journal, kernels, power, runner
+from m3check import invariants as _invariants
 from m3check.compiled.report import told_once
 from m3check.report import FILES
 from m3check.report.jsonfile import SCHEMA_VERSION
@@ -42,11 +43,19 @@ def load_record(path: str | Path) -> Record:
     return jsonfile.read(Path(path))
 
 
-def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profile | None = None) -> Result:
+def verify(
+    case: Case | str,
+    kernel: Callable[..., Any] | Kernel,
+    profile: Profile | None = None,
+    *,
+    invariants: bool = True,
+) -> Result:
     """Judge one kernel on one case in this process, on the GPU if there is one that m3check knows, else on the CPU.
 
-    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. To run on a
-    CPU, a Triton kernel needs TRITON_INTERPRET=1 in the environment before triton is imported.
+    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. It is called
+    again for every invariant that fits the case, as `m3check run --case` does, unless that takes half a minute or
+    `invariants` is False. To run on a CPU, a Triton kernel needs TRITON_INTERPRET=1 in the environment before triton is
+    imported.
     """
     case = _cases.parse_id(case) if isinstance(case, str) else case
     if not isinstance(kernel, Kernel):
@@ -70,7 +79,9 @@ def verify(case: Case | str, kernel: Callable[..., Any] | Kernel, profile: Profi
         kernels.Loaded.of({case.op: kernel}),
         unrepaired,
     )
-    line = PlanLine(_cases.case_id(case), case.op, kernel.provider, session.evidence)
+    seconds = _cases.cost(case, session.evidence)
+    names = _invariants.affordable(case, session.evidence, seconds) if invariants else ()
+    line = PlanLine(_cases.case_id(case), case.op, kernel.provider, session.evidence, None, names)
     return runner.run_one(case, session, line, "")
 
 

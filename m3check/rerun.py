@@ -67,21 +67,27 @@ def _carried_out(run: str, trial: Trial) -> list[Finding]:
 
 
 def _tried(trial: Trial, name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
-    """The findings of one invariant; a kernel that raises on the changed call does not hold it."""
+    """The findings of one invariant; a kernel that raises on a changed call, or misuses memory in it, does not hold it."""
     from m3check.kernels.contract import BrokenContract
     from m3check.runner import KernelRaised
 
+    trial.misuse = None
     try:
-        return carry_out()
+        found = carry_out()
     except (KernelRaised, BrokenContract) as error:
-        finding = Finding(name, Status.FAILED, 1.0, 0.0, "", f"the changed call did not return: {error}")
-        return [trial.unless_promised(finding) if name in invariants.PROMISES else finding]
+        found = [Finding(name, Status.FAILED, 1.0, 0.0, "", f"the changed call did not return: {error}")]
     except M3CheckError:
         return []  # refused, or no memory for it: nothing was shown, so nothing is said
+    enough = {Status.FAILED, Status.NOTED} if name in invariants.PROMISES else {Status.FAILED}
+    if trial.misuse is not None and not any(finding.status in enough for finding in found):
+        found = [finding for finding in found if finding.check != name]
+        found.append(replace(trial.misuse, check=name, hint=f"a changed call {trial.misuse.hint}"))
+    return [trial.unless_promised(f) if f.check in invariants.PROMISES else f for f in found]
 
 
 def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting: Setting, judge: Judge) -> Trial:
     from m3check import runner
+    from m3check.checks import accesses
     from m3check.checks.invariants.trial import Trial
     from m3check.kernels import overlap, replay
     from m3check.paging import World
@@ -90,7 +96,9 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
         refusal = session.loaded.refuses(changed.case)
         if refusal is not None:
             raise M3CheckError(refusal)
-        return runner.call(kernel, changed, session, world)
+        run = runner.call(kernel, changed, session, world)
+        trial.misuse = trial.misuse or accesses.misuse(trial.view(changed, run))
+        return run
 
     def other(op: str, changed: Inputs) -> tuple[Run, list[Finding]]:
         refusal = session.loaded.refuses(changed.case)

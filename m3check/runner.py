@@ -310,7 +310,7 @@ def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None =
 
     def run() -> Run:
         if session.evidence != "device":
-            result = contract.call(kernel, inputs, world, _observe(world))
+            result = contract.call(kernel, inputs, world, _observe())
             result.arithmetic = Arithmetic()
             return result
         with device.recording() as launches:
@@ -327,10 +327,8 @@ def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None =
     return guarded(kernel, run)
 
 
-def _observe(world: World | None) -> Observe | None:
-    """What watches the memory of an interpreted call: the first call of a case, whose findings the `memory` check tells."""
-    if world is not None:
-        return None
+def _observe() -> Observe:
+    """What watches the memory of an interpreted call."""
     from m3check.interpret import addresses
 
     return addresses.observed

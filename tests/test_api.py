@@ -21,7 +21,8 @@ def index_topk(score, cu_seqlens_q, prefix_lens, topk, init_blocks, local_blocks
     for t in range(rows):
         visible = (int(prefix_lens[0]) + t) // 128 + 1
         ranked = score[:, t, :visible].clone()
-        ranked[:, visible - local_blocks :] = torch.inf
+        ranked[:, max(0, visible - local_blocks) :] = torch.inf
+        ranked[:, :init_blocks] = torch.inf
         count = min(topk, visible)
         ids[:, t, :count] = ranked.topk(count).indices.int()
     return ids
@@ -51,6 +52,19 @@ def test_verify_passes_a_right_kernel_and_raises_for_a_wrong_one():
         m3check.verify(CASE, first_blocks, profile).check()
 
 
+def test_verify_calls_the_kernel_again_with_what_must_not_matter_changed():
+    first = {}
+
+    def remembers(score, cu_seqlens_q, prefix_lens, topk, init_blocks, local_blocks):
+        return index_topk(score, cu_seqlens_q, prefix_lens, first.setdefault("topk", topk), init_blocks, local_blocks)
+
+    profile = m3check.Profile(odd_scores=frozenset())
+    assert m3check.verify(CASE, remembers, profile, invariants=False).status is Status.PASSED
+    result = m3check.verify(CASE, remembers, profile)
+    assert result.status is Status.FAILED
+    assert "other_topk" in {f.check for f in result.findings if f.status is Status.FAILED}
+
+
 def test_plan_takes_the_flags_of_a_run_and_refuses_unknown_names():
     lines = m3check.plan(arch="sm100", kernels=("triton",), cases=(CASE,))
     assert [(line.case, line.evidence) for line in lines if line.evidence != "device"] == [
@@ -63,9 +77,9 @@ def test_plan_takes_the_flags_of_a_run_and_refuses_unknown_names():
 
 def test_a_written_record_is_read_back(tmp_path):
     record = m3check.run(arch="sm100", cases=(CASE,), out=tmp_path, jobs=1)
+    assert {entry["evidence"] for entry in record.environment["dispatch"]} >= {"not run here, needs SM100"}
     path = tmp_path / "report.json"
     path.write_text(jsonfile.dumps(record))
     told = [(r.case, r.provider, r.status, r.axes) for r in m3check.load_record(path).results]
     assert told == [(r.case, r.provider, r.status, r.axes) for r in record.results]
     assert json.loads(path.read_text())["exit"]["code"] == 0
-    assert {entry["evidence"] for entry in record.environment["dispatch"]} >= {"not run here, needs SM100"}

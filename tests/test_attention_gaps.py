@@ -11,6 +11,7 @@ import torch_kernels as right
 from m3check import runner
 from m3check.arch import ARCHS
 from m3check.cases import parse_id
+from m3check.kernels.contract import check_signature
 from m3check.kernels.provider import Loaded, Spec
 from m3check.types import Kernel, PlanLine, Profile, Result, Status
 
@@ -61,3 +62,11 @@ def test_any_maximum_that_does_not_underflow_is_right_in_sunk_rows():
     result = judged(higher, f"{SHAPE},fill=sunk")
     assert result.status is Status.PASSED, result.reason
     assert torch.isfinite(torch.tensor([f.measured or 0.0 for f in result.findings])).all()
+
+
+def test_a_function_of_any_keywords_is_given_no_buffer_that_it_may_do_without():
+    taken = check_signature("index_topk", lambda **keywords: None, "any")
+    assert "out" not in taken
+    assert {"score", "topk"} <= taken
+    assert "output" in check_signature("sparse_attn", lambda **keywords: None, "any")
+    assert "out" in check_signature("index_topk", lambda out, **keywords: None, "any")

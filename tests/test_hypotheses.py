@@ -111,7 +111,7 @@ def test_a_result_that_agreed_says_that_it_could_not_have_failed(monkeypatch):
     problem = cases.make_inputs(cases.parse_id("index_topk/q=2,kv=300,h=1,topk=4"))
     right = reference.expected(problem)["ids"]
 
-    result = api.verify(problem.case, lambda **arguments: right.clone())
+    result = api.verify(problem.case, lambda **arguments: right.clone(), invariants=False)
 
     assert result.status is Status.MISTRUSTED, result
     assert "agreed, but could not have failed" in result.reason

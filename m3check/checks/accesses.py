@@ -41,6 +41,16 @@ def check_memory(view: View) -> list[Finding]:
     return findings or [Finding("memory", Status.PASSED, 0.0, 0.0)]
 
 
+def misuse(view: View) -> Finding | None:
+    """What a further call of a kernel did to memory that is red; None where nothing is.
+
+    What it read though nothing wrote it is left to the first call of a case, which knows whether the result depends on it.
+    """
+    accesses = view.run.accesses or ()
+    red = [access for access in accesses if access.misuse != "unwritten" and not _excuse(view, access)]
+    return _finding(Status.FAILED, red, "") if red else None
+
+
 def weigh(view: View, again: Run) -> None:
     """Mark the unwritten cells that the run read as harmless if `again`, with other values in them, came to the same."""
     from m3check.checks.invariants.trial import difference

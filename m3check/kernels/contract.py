@@ -111,8 +111,8 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return frozenset(known)
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return frozenset(known)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # nobody promised to write into a buffer unnamed
+        return frozenset(p for p in known if p in parameters or p not in ("out", "score_out"))
     for parameter in parameters.values():
         if parameter.name not in known and parameter.default is parameter.empty:
             raise BrokenContract(

@@ -57,6 +57,8 @@ class Trial:
     repeats: bool | None = None
     """Whether a second call gave the same bits; None: nobody has tried."""
     memo: dict[str, Any] = field(default_factory=dict)
+    misuse: Finding | None = None
+    """How the first further call that misused memory did so; None: none did, or nobody watched."""
 
     def view(self, inputs: Inputs | None = None, run: Run | None = None) -> View:
         """A result as checks see it, without a reference."""
