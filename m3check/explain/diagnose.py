@@ -141,7 +141,7 @@ def _judged(stand: Stand, suspect: Suspect, problem: Inputs, expected: Outputs, 
     differs = _rows((rounded != right.to(actual.dtype)) & ~(nan & right.isnan()), stand)
     if not bool((differs & wrong).any()):
         return None
-    if not nan.any() and _far(actual, answer, right, stand, cells_wrong):
+    if not nan.any() and _far(actual, answer, stand, cells_wrong):
         return None
     # Rows that are right take no part: there the suspect's own answer stands in for the kernel's.
     safe = {**expected, scene.name: answer.where(~nan, 0.0)}
@@ -174,17 +174,21 @@ def _cells(rows: Tensor, like: Tensor, scene: Scene) -> Tensor:
     return rows[..., None].expand(like.shape)
 
 
-def _far(actual: Tensor, answer: Tensor, right: Tensor, stand: Stand, cells: Tensor) -> bool:
+def _far(actual: Tensor, answer: Tensor, stand: Stand, cells: Tensor) -> bool:
     """Whether an output that is plainly wrong is hardly nearer to the suspect's answer than to the right one."""
     chart = stand.wrong
     if not bool((chart.where(chart.isfinite(), 0) > PLAIN).any()):
         return False
 
-    def size(x: Tensor) -> float:
-        error = (actual.double() - x.double()).abs()
+    def size(given: Tensor, wanted: Tensor) -> float:
+        error = (given.double() - wanted.double()).abs()
         return float(error.where(cells & error.isfinite(), 0).square().sum())
 
-    return size(answer) > 0.25 * size(right)
+    right = stand.expected[stand.scene.name]
+    judged = stand.shown(stand.scene.problem, stand.expected, stand.scene.actual)
+    if bool((cells & right.isfinite() & ~judged.isfinite()).any()):
+        return False
+    return size(actual, answer) > 0.25 * size(judged, right)
 
 
 # Selections ----------------------------------------------------------------------------------------------------------

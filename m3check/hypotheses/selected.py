@@ -201,11 +201,42 @@ def every_column(forced: bool) -> Callable[[Scene], Tensor | None]:
 
 
 def slots_cut(scene: Scene) -> Tensor | None:
-    """Only the best few are selected, and the other slots are -1; how many is read off the output."""
+    """A list ends early, and what it holds are the best blocks; where it ends is read off the output, row by row."""
     import torch
 
-    kept = int((scene.actual >= 0).sum(-1).max())
-    if not 0 < kept < scene.right.shape[-1]:
-        return None
+    kept = (scene.actual >= 0).sum(-1, keepdim=True)
     slot = torch.arange(scene.right.shape[-1], device=scene.right.device)
-    return scene.right.where(slot < kept, -1)
+    ended = scene.right.where(slot < kept, -1)
+    return None if torch.equal(ended, scene.right) or not bool((kept > 0).any()) else ended
+
+
+def tile_cut(tile: int) -> Callable[[Scene], Tensor | None]:
+    """Blocks come in tiles, and only the power of two below topk goes on from one tile to the next."""
+
+    def result(scene: Scene) -> Tensor | None:
+        import torch
+
+        problem, topk = scene.problem, scene.problem.case.topk
+        assert problem.scores is not None
+        keep, columns = 1 << (topk.bit_length() - 1), problem.scores.shape[-1]
+        if keep == topk or columns <= tile or tile <= keep // 2:
+            return None
+        best = scene.answer(replace(problem, case=replace(problem.case, topk=columns)))["ids"].long()
+        slot = torch.arange(columns, device=best.device).expand(best.shape)
+        rank = torch.full((*best.shape[:2], columns + 1), columns, device=best.device)
+        rank.scatter_(-1, best.where(best >= 0, columns), slot.contiguous())
+        rank = rank[..., :columns]  # a block's place among all; invisible ones are last
+        seen = rank < columns
+        visible = seen.sum(-1, keepdim=True)
+        block = torch.arange(columns, device=best.device)
+        alive = torch.zeros_like(seen)
+        for start in range(0, columns, tile):
+            alive |= seen & (block >= start) & (block < start + tile)
+            place = rank.masked_fill(~alive, columns).argsort(-1).argsort(-1)
+            alive &= (place < keep) | (visible <= start + tile)
+        order = rank.masked_fill(~alive, columns).sort(-1)
+        ids = order.indices.where(order.values < columns, -1)[..., :topk].int()
+        missing = topk - ids.shape[-1]
+        return torch.nn.functional.pad(ids, (0, missing), value=-1) if missing > 0 else ids
+
+    return result
