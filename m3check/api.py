@@ -8,12 +8,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3check import arch as arches
 from m3check import cases as _cases
-from m3check import dispatch, gate, isolate, journal, kernels, power, runner
+from m3check import dispatch, gate, isolate, journal, kernels, power, runner, sanitize
 from m3check import invariants as _invariants
 from m3check.compiled.report import told_once
 from m3check.report import FILES
@@ -113,6 +114,9 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
         for warning in kernels.prepare(kernels.parse_spec(text), options.offline):
             print(f"m3check: {text}: {warning}", file=sys.stderr)
     lines = runner.plan(options)
+    sanitized = sanitize.Workers(options.sanitize, evidence, why) if options.sanitize else None
+    if sanitized is not None:
+        lines = [replace(line, invariants=()) for line in lines]
     started = datetime.datetime.now(datetime.UTC)
     results: dict[journal.Key, Result] = {}
     for line in lines:
@@ -129,6 +133,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
         "cores": os.cpu_count(),
         "jobs": jobs,
         "tier": options.tier if not options.cases else "",
+        **({"sanitize": options.sanitize} if options.sanitize else {}),
     }
 
     def make(group: Group) -> isolate.Worker:
@@ -139,11 +144,12 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
             "device": device,
             "offline": options.offline,
         }
-        return isolate.Worker(command, worker_environment(group.evidence))
+        new = sanitized.make if sanitized is not None else isolate.Worker
+        return new(command, worker_environment(group.evidence))
 
     interrupted = False
     pool: isolate.Pool[Group]
-    with isolate.Pool(jobs, make, options.timeout) as pool:
+    with isolate.Pool(jobs, make, options.timeout * (sanitize.SLOWER if options.sanitize else 1)) as pool:
         try:
             if due:
                 facts |= introduced(pool.greet(groups))
@@ -194,6 +200,7 @@ def _run_due(
         "providers": facts["providers"],
         "torch": facts["torch"],
         "triton": facts["triton"],
+        **({"sanitize": options.sanitize} if options.sanitize else {}),
     }
     for name in FILES.values():  # where this run is killed, an earlier one's report must not stand for it
         (options.folder / name).unlink(missing_ok=True)

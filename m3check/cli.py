@@ -132,7 +132,13 @@ def _running(command: argparse.ArgumentParser) -> None:
     how.add_argument("--timeout", type=float, metavar="S", help="seconds a case, compilation apart (default 120)")
     how.add_argument("--resume", action="store_true", help="keep what the folder's journal holds, run the rest")
     _switch(how, "--strict", help="noted, mistrusted and inconclusive are red as well")
-    how.add_argument("--sanitize", action="store_true", help="not available in this version: exits 4")
+    how.add_argument(
+        "--sanitize",
+        nargs="?",
+        const="memcheck",
+        metavar="TOOL",
+        help="run workers under compute-sanitizer: memcheck (default), racecheck, initcheck, synccheck; needs a GPU",
+    )
     how.add_argument("--save-failures", type=int, metavar="N", help="save up to N red cases as folders that replay")
     _gate(how)
     how.add_argument("--out", metavar="DIR", help="folder of journal and reports (default reports/<arch>/)")

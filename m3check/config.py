@@ -13,6 +13,8 @@ from m3check.types import Evidence, M3CheckError, Result
 TIERS = ("smoke", "ci", "full", "production")
 EVIDENCE: tuple[Evidence, ...] = ("device", "interpreted", "compiled")
 
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
 TIME_LIMIT = 120.0
 """Seconds a case may take, compilation apart; interpreted ones take a few, so this tells a hang from a slow machine."""
 
@@ -57,7 +59,8 @@ class RunOptions:
     strict: bool = False
     """Noted, mistrusted and inconclusive are red as well."""
     offline: bool = False
-    sanitize: bool = False
+    sanitize: str = ""
+    """A tool of compute-sanitizer (m3check/sanitize.py) that workers run under; only on a device."""
     save_failures: int = 0
     """How many red cases to save as folders that replay without m3check; needs safetensors."""
     ledger: Path | None = None
@@ -91,7 +94,7 @@ class RunOptions:
         if not self.timeout > 0:
             raise M3CheckError(f"--timeout {self.timeout:g} leaves no time; give seconds, e.g. --timeout {TIME_LIMIT:g}")
         if self.sanitize:
-            raise M3CheckError("--sanitize is not available in this version")
+            choose("sanitizer", self.sanitize, SANITIZERS)
         matcher(self.expr)
         if self.floors:
             from m3check.floors import parse
@@ -136,6 +139,7 @@ _FLAGS = (  # field, flag
     ("resume", "--resume"),
     ("require", "--require"),
     ("strict", "--strict"),
+    ("sanitize", "--sanitize"),
     ("offline", "--offline"),
     ("ledger", "--ledger"),
     ("floors", "--floor"),

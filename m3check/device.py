@@ -84,6 +84,17 @@ def recording() -> Iterator[Launches]:
         JITFunction.run = original
 
 
+def lost(device: str) -> bool:
+    """Whether this process can no longer use its GPU, as after an access outside every allocation."""
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def on_compile(notify: Callable[[bool], None]) -> None:
     """Call `notify(True)` before Triton compiles a kernel and `notify(False)` after, so that time limits leave it out."""
     from triton import knobs

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -45,6 +45,8 @@ class Worker:
 
     command: dict[str, Any]  # what `serve` needs to load: spec, arch, evidence, …
     environment: dict[str, str]
+    wrapper: Sequence[str] = ()
+    """Words in front of the worker's command line: a program that runs it, and need pass on no more than its stdin."""
     task: Any = None
     hello: dict[str, Any] | None = None
     _process: subprocess.Popen[bytes] = field(init=False)
@@ -58,11 +60,12 @@ class Worker:
         self._socket = ours
         self._errors = _temporary()
         with theirs:
+            number = 0 if self.wrapper else theirs.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "m3check.worker", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [*self.wrapper, sys.executable, "-m", "m3check.worker", str(number)],
+                pass_fds=[] if self.wrapper else [number],
                 env={**os.environ, **self.environment},
-                stdin=subprocess.DEVNULL,
+                stdin=theirs.fileno() if self.wrapper else subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
                 start_new_session=True,  # ctrl-C reaches the parent alone; it ends its workers itself
@@ -160,7 +163,8 @@ def serve(
     lines = _lines(channel)
     send({"hello": load(next(lines), send)})
     for message in lines:
-        send({"answer": answer(message)})
+        reply = answer(message)
+        send({"spent": reply.pop("spent", False), "answer": reply})
 
 
 def _lines(channel: socket.socket) -> Iterator[dict[str, Any]]:
@@ -224,6 +228,8 @@ class Pool(Generic[Group]):
                     elif "answer" in received:
                         task, worker.task = worker.task, None
                         yield task, received["answer"]
+                        if received.get("spent"):  # its GPU context is lost; what came after would suffer for it
+                            self._retire((group, worker))
             for group, worker in list(self._workers):
                 if worker.overdue():
                     reason = f"no result within {self._limit:g} s; the worker was ended"

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3check import arch as arches
-from m3check import cases, isolate, kernels, runner
+from m3check import cases, device, isolate, kernels, runner
 from m3check.types import RED, STRICTLY_RED, Exit, Finding, M3CheckError, PlanLine, Result, Status
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ def answer(session: runner.Session, message: Mapping[str, Any]) -> dict[str, Any
         tally.count(result)
         if result.status is not Status.PASSED and len(others) < WHOLE:
             others.append(result)
+        if result.status in RED and session.evidence == "device" and device.lost(session.device):
+            return {"tally": told(tally), "others": msgspec.to_builtins(others), "spent": True}
     return {"tally": told(tally), "others": msgspec.to_builtins(others)}
 
 
@@ -187,7 +189,7 @@ def run(
         raise M3CheckError(f"--seeds {first}..{last} has no seed; the first that can be is 1: --seeds 1..100")
     started = time.monotonic()
     arch = arches.find_arch(options.arch)
-    evidence, device, why = runner.evidence_for(arch)
+    evidence, index, why = runner.evidence_for(arch)
     for text in options.kernels:
         kernels.prepare(kernels.parse_spec(text), options.offline)
     lines = [line for line in runner.plan(options) if line.skip is None and line.evidence == evidence]
@@ -207,7 +209,7 @@ def run(
     soak = Soak(arch.name, "", facts, seeds, len(lines) * (last - first + 1))
 
     def make(group: api.Group) -> isolate.Worker:
-        command = {"spec": group.provider, "arch": arch.name, "evidence": evidence, "device": device,
+        command = {"spec": group.provider, "arch": arch.name, "evidence": evidence, "device": index,
                    "offline": options.offline}  # fmt: skip
         return isolate.Worker(command, api.worker_environment(evidence))
 

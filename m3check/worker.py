@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import sys
@@ -11,8 +12,8 @@ from typing import Any
 import msgspec
 
 from m3check import arch as arches
-from m3check import cases, isolate, kernels, runner
-from m3check.types import M3CheckError, PlanLine
+from m3check import cases, device, isolate, kernels, runner, sanitize
+from m3check.types import RED, M3CheckError, PlanLine
 
 
 class Service:
@@ -20,6 +21,8 @@ class Service:
 
     def __init__(self) -> None:
         self.session: runner.Session | None = None
+        self.log: sanitize.Log | None = None
+        """What compute-sanitizer writes, where this process runs under it."""
 
     def load(self, command: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Import torch, repair the interpreter where it is used, load the provider; the answer is the worker's hello."""
@@ -39,14 +42,12 @@ class Service:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
         arch = arches.find_arch(command["arch"])
-        evidence, device = command["evidence"], "cpu"
+        evidence, where = command["evidence"], "cpu"
         repairs: list[dict[str, Any]] = []
         unrepaired = []
         if evidence == "device":
-            from m3check import device as devices
-
-            device = f"cuda:{command['device']}"
-            devices.on_compile(lambda began: send({"compiling": began}))
+            where = f"cuda:{command['device']}"
+            device.on_compile(lambda began: send({"compiling": began}))
         elif evidence == "compiled":
             from m3check.compiled import target
 
@@ -62,13 +63,15 @@ class Service:
         from m3check import checks, reference  # noqa: F401
         from m3check.cases import generate  # noqa: F401
 
+        if command.get("sanitizer"):
+            self.log = sanitize.Log(*command["sanitizer"])
         loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
-        self.session = runner.Session(arch, evidence, device, loaded, unrepaired, lambda began: send({"compiling": began}))
+        self.session = runner.Session(arch, evidence, where, loaded, unrepaired, lambda began: send({"compiling": began}))
         return {
             "description": loaded.description,
             "warnings": list(loaded.warnings),
             "repairs": repairs,
-            "environment": environment(device),
+            "environment": environment(where),
         }
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -84,8 +87,11 @@ class Service:
             return soak.answer(self.session, message)
         line = msgspec.convert(message["line"], PlanLine)
         case = cases.parse_id(line.case)
-        result: dict[str, Any] = msgspec.to_builtins(runner.run_one(case, self.session, line, message["repro"]))
-        return result
+        result = runner.run_one(case, self.session, line, message["repro"])
+        spent = result.status in RED and self.session.evidence == "device" and device.lost(self.session.device)
+        if self.log is not None:
+            result = sanitize.joined(result, self.log.news())
+        return {**msgspec.to_builtins(result), "spent": spent}
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -111,9 +117,13 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve on the inherited socket whose number is the only argument."""
+    """Serve on the inherited socket whose number is the only argument; 0 is stdin, which kernels then find empty."""
     service = Service()
-    with socket.socket(fileno=int(sys.argv[1])) as channel:
+    number = int(sys.argv[1])
+    if number == 0:
+        number = os.dup(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    with socket.socket(fileno=number) as channel:
         isolate.serve(channel, service.load, service.answer)
 
 
