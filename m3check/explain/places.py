@@ -48,6 +48,9 @@ def worst(stand: Stand, table: Tensor | None) -> list[str]:
     expected = stand.expected[stand.scene.name]
     if stage == "select":
         return _lists(stand)
+    from m3check.checks import charts
+
+    limits = charts.limits(stand.view(stand.scene.problem, stand.expected))[stand.scene.name]
     lines = []
     flat = chart.nan_to_num(nan=math.inf, posinf=math.inf).flatten()
     for place in flat.topk(min(WORST, flat.numel())).indices.tolist():
@@ -57,7 +60,9 @@ def worst(stand: Stand, table: Tensor | None) -> list[str]:
         index = _unravel(place, chart.shape)
         given, wanted = float(actual[index]), float(expected[index])
         off = abs(given - wanted)
-        bound = "" if math.isinf(ratio) or not ratio else f", off by {off:.4g}, bound {off / ratio:.4g}, {ratio:.3g} times"
+        limit = float(limits[index])
+        known = limit > 0 and math.isfinite(off) and math.isfinite(limit)
+        bound = f", off by {off:.4g}, bound {limit:.4g}, {off / limit:.3g} times" if known else ""
         lines.append(f"{_name(stand, index, table)}: {given:.6g} instead of {wanted:.6g}{bound}")
     return lines
 
