@@ -90,7 +90,7 @@ def plan(options: RunOptions) -> list[PlanLine]:
                 skip = f"needs a device ({why}); {cases.case_cost(case)}"
             names = shown(case) if skip is None else ()
             lines.append(PlanLine(cases.case_id(case), case.op, text, evidence, skip, names))
-        if evidence != "device":
+        if evidence != "device" and kernels.compiles(spec):
             lines += _compiled(options, spec, arch, due)
     return lines
 

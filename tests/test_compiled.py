@@ -108,8 +108,9 @@ def test_kernels_that_decode_fp8_themselves_compile_where_triton_has_no_such_typ
 
 
 def test_a_kernel_without_triton_has_nothing_to_compile(compiled, tmp_path):
+    (tmp_path / "plainer.py").write_text("")
     (tmp_path / "plain.py").write_text(
-        "import torch\n"
+        "import torch, plainer\n"
         "def index_topk(score, cu_seqlens_q, prefix_lens, topk, init_blocks, local_blocks):\n"
         "    return torch.zeros(score.shape[0], score.shape[1], topk, dtype=torch.int32)\n"
     )
@@ -160,6 +161,17 @@ def test_a_plan_compiles_what_it_interprets_and_counts_variants_once_for_each_op
     assert [line.case for line in interpreted] == [line.case for line in compiled]
     swept = [line.op for line in compiled if line.invariants]
     assert len(swept) == len(set(swept)) == len({line.op for line in compiled})
+
+
+def test_a_file_in_plain_torch_is_not_compiled(tmp_path):
+    def kinds(body: str) -> set[str]:
+        file = tmp_path / "mine.py"
+        file.write_text(body)
+        return {line.evidence for line in runner.plan(RunOptions(arch="gfx942", kernels=(str(file),)))}
+
+    assert kinds("import math, torch\nfrom m3check import Profile\n") == {"interpreted"}
+    assert kinds("import torch, helpers_of_mine\n") == {"interpreted", "compiled"}
+    assert kinds("from triton import jit\n") == {"interpreted", "compiled"}
 
 
 def test_a_sweep_has_nothing_that_legitimate_specialisation_could_tell_apart():

@@ -14,7 +14,7 @@ from m3check.arch import Arch
 from m3check.kernels.provider import Loaded, Provider, Spec
 from m3check.types import Case, Evidence, M3CheckError
 
-__all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "load", "parse_spec", "prepare", "refuses"]
+__all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "compiles", "load", "parse_spec", "prepare", "refuses"]
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("triton", ("triton",), "m3check's own Triton kernels", "triton", "m3check.kernels.ours"),
@@ -80,6 +80,12 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence = "interprete
     """Why a provider cannot run a case, as far as can be told without importing its code or connecting; else None."""
     sentence: str | None = _module(spec).refuses(spec, case, arch, evidence)
     return sentence
+
+
+def compiles(spec: Spec) -> bool:
+    """Whether a provider may launch Triton kernels, as far as can be told without importing its code."""
+    module = _module(spec)
+    return bool(module.compiles(spec)) if hasattr(module, "compiles") else True
 
 
 def _module(spec: Spec) -> ModuleType:

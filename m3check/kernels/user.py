@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -65,6 +66,23 @@ def _hash(module: ModuleType) -> dict[str, str]:
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
     """Nothing is known of a user's kernels before they are loaded."""
     return None
+
+
+def compiles(spec: Spec) -> bool:
+    """Whether it may launch Triton kernels: not where a file imports but torch, m3check and the standard library."""
+    try:
+        tree = ast.parse(Path(spec.path).read_bytes()) if spec.path else None
+    except (OSError, SyntaxError, ValueError):
+        return True
+    if tree is None:
+        return True
+    plain = {"torch", "numpy", "m3check", *sys.stdlib_module_names}
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.partition(".")[0] not in plain for name in names):
+            return True
+    return False
 
 
 def _import(spec: Spec) -> ModuleType:
