@@ -14,9 +14,10 @@ from test_invariants_device import CASES, PROFILE, replays  # noqa: F401  # a fi
 
 from m3check import arch, cases, kernels, runner
 from m3check.kernels.locate import locate
-from m3check.mutants import catalogue, launching, measure, processes
+from m3check.mutants import catalogue, controls, launching, measure, processes
 from m3check.mutants.sources import edited, sources, wrapped
-from m3check.types import M3CheckError, PlanLine, Status
+from m3check.mutants.wrappers import swapped_slots
+from m3check.types import M3CheckError, PlanLine, Profile, Status
 
 DECODE = CASES[5]
 
@@ -120,3 +121,18 @@ def test_the_parent_leaves_the_driver_alone(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout=""))
     processes.ask_for_devices()
     assert arch.present() == []
+
+
+def test_swapped_slots_changes_the_order_alone():
+    ids = torch.tensor([[[3, 1, 2], [4, -1, -1], [-1, -1, -1]]], dtype=torch.int32)
+    swapped = swapped_slots({"topk_idx": ids})
+    assert swapped.tolist() == [[[1, 3, 2], [4, -1, -1], [-1, -1, -1]]]
+    assert swapped.dtype == torch.int32
+    assert ids[0, 0].tolist() == [3, 1, 2]
+    assert swapped_slots({"topk_idx": ids[..., :1]}).equal(ids[..., :1])
+
+
+def test_controls_promise_no_graph_where_they_wait_for_the_device(ours):
+    [ties] = [c for c in controls.controls(ours) if c.name.startswith("N1")]
+    promised = Profile(bitwise=frozenset({"graph", "repeat"}))
+    assert ties.profile(promised).bitwise == {"repeat"}

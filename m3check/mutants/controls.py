@@ -42,7 +42,7 @@ def controls(origin: Sources) -> list[Mutant]:
     made = [
         _around("N1 tied blocks swapped", SELECTING, w.after(w.swapped_ties), origin, profile=_free_ties),
         _around("N2 another order of ids", ATTENDING, w.given(topk_idx=w.swapped_slots), origin, suits=_plain_lists),
-        _around("N3 pages permuted", (*SCORING, *ATTENDING), w.other_pages, origin),
+        _around("N3 pages permuted", (*SCORING, *ATTENDING), w.other_pages, origin, suits=_plain_lists),
     ]
     if origin.name == "triton":
         made += [
@@ -65,7 +65,8 @@ def controls(origin: Sources) -> list[Mutant]:
 
 
 def _free_ties(profile: Profile) -> Profile:
-    return replace(profile, tie_rule="any")
+    """What is left to promise when ties are exchanged on the host, which a graph cannot hold."""
+    return replace(profile, tie_rule="any", bitwise=profile.bitwise - {"graph"})
 
 
 def _plain_lists(case: Case) -> bool:

@@ -337,13 +337,15 @@ def swapped_ties(result: Tensor, keywords: Keywords) -> None:
 
 
 def swapped_slots(keywords: Keywords) -> Tensor:
-    """The first two ids of each list change places: another order of summation."""
-    ids: Tensor = keywords["topk_idx"].clone()
-    if ids.shape[2] > 1:
-        both = (ids[..., 0] >= 0) & (ids[..., 1] >= 0)
-        first, second = ids[..., 0].clone(), ids[..., 1].clone()
-        ids[..., 0][both], ids[..., 1][both] = second[both], first[both]
-    return ids
+    """The first two ids of each list change places, without waiting for a device: another order of summation."""
+    import torch
+
+    ids: Tensor = keywords["topk_idx"]
+    if ids.shape[2] < 2:
+        return ids
+    first, second, others = ids[..., :1], ids[..., 1:2], ids[..., 2:]
+    both = (first >= 0) & (second >= 0)
+    return torch.cat([torch.where(both, second, first), torch.where(both, first, second), others], dim=2)
 
 
 def other_pages(function: Function, keywords: Keywords) -> Any:
