@@ -125,7 +125,7 @@ def bench(
     torch.set_num_threads(1)
     session = runner.Session(arch, evidence, "cpu" if evidence != "device" else f"cuda:{index}", None)
     made = Bench(origin, session, [], [], jobs)
-    lines = [line for line in runner.plan(options) if line.provider == text and line.skip is None]
+    lines = [line for line in runner.plan(options) if (line.provider, line.evidence, line.skip) == (text, evidence, None)]
     if not lines:
         raise M3CheckError(f"{text} has no case to measure with")
     batches = [[line] for line in lines]
