@@ -170,6 +170,7 @@ SCENES = (
     "index_topk/q=3+2,kv=1500+1151,h=2,topk=5",
     "index_topk/q=6,kv=2690,h=2,topk=8,fill=ties",
     "index_topk/q=2,kv=33000,h=1,topk=48",
+    "index_topk/q=2+2,kv=900+200,h=2,topk=5",
     "index_topk/q=7,kv=1409,h=1,topk=4,fill=odd",
     "sparse_attn_decode/q=2x2,kv=700+514,h=2,g=2,d=64,topk=6,cache=fp8_e4m3fn,scale=token,ids=short",
     "sparse_attn_decode/q=2x2,kv=900+514,h=2,g=2,d=64,topk=4,layout=pool",
