@@ -236,3 +236,5 @@ def test_what_was_compiled_has_a_table_of_its_own_and_is_no_margin():
     rows = [line.split("|")[3].strip() for line in markdown.summary(made).splitlines() if "sparse_attn" in line]
     assert rows == ["interpreted", "compiled"], "one row for each kind of evidence"
     assert "## Compiled" not in markdown.render(record(result()))
+    cases = ElementTree.fromstring(junit.render([made])).iter("testcase")
+    assert len({(case.get("classname"), case.get("name")) for case in cases}) == 2, "JUnit readers tell them by their names"

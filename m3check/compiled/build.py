@@ -21,6 +21,7 @@ from m3check.compiled import figures
 from m3check.compiled.capture import Specialisation
 from m3check.compiled.figures import Figures
 from m3check.compiled.source import error_of
+from m3check.types import M3CheckError
 
 FORMAT = 1
 """Counted up whenever what is read from a compilation changes."""
@@ -70,7 +71,10 @@ def build_all(
     Processes that want the same one do not compile it twice: what another is compiling is left for last and waited for.
     """
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise M3CheckError(f"cannot write to the cache {folder}: {error.strerror}; set M3CHECK_CACHE") from error
     keys = [key_of(each, target) for each in wanted]
     done: dict[str, Built] = {}
     pending = dict(zip(keys, wanted, strict=True))
@@ -78,15 +82,14 @@ def build_all(
         for key, each in list(pending.items()):
             outcome = _kept(folder / f"{key}.json")
             if outcome is None:
+                compiling(True)  # waiting for another process is compilation, too
                 with _lock(folder / f"{key}.lock", wait) as mine:
-                    if not mine:
-                        continue
-                    outcome = _kept(folder / f"{key}.json")
-                    if outcome is None:
-                        compiling(True)
-                        outcome = _compile(each, target, key)
-                        compiling(False)
+                    if mine:
+                        outcome = _kept(folder / f"{key}.json") or _compile(each, target, key)
                         _keep(folder / f"{key}.json", outcome)
+                compiling(False)
+            if outcome is None:
+                continue
             done[key] = outcome
             del pending[key]
     return [done[key] for key in keys]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from m3check.report.markdown import sentence, telling
-from m3check.report.tables import clean, figure, groups, machine, worst_ratio
+from m3check.report.tables import clean, computed, figure, groups, machine, worst_ratio
 from m3check.report.tally import breaches, red_word, strict
 from m3check.types import Record, Result, Status
 
@@ -44,9 +44,8 @@ def _suite(root: ElementTree.Element, record: Record, name: str, results: Sequen
 
 
 def _case(suite: ElementTree.Element, name: str, result: Result, stern: bool) -> None:
-    case = ElementTree.SubElement(
-        suite, "testcase", classname=clean(name), name=clean(result.case), time=f"{result.seconds:.3f}"
-    )
+    owner = clean(name if computed(result) else f"{name}.compiled")  # a reader keeps one of two with the same names
+    case = ElementTree.SubElement(suite, "testcase", classname=owner, name=clean(result.case), time=f"{result.seconds:.3f}")
     used = worst_ratio([result])
     facts = {"evidence": result.evidence, "kernel": result.kernel, "status": result.status.value, "repro": result.repro}
     if used is not None:
