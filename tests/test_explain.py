@@ -129,6 +129,16 @@ def test_a_figure_kept_from_the_first_call():
     assert "sm_scale times 0.75" in found.how
 
 
+def test_the_split_of_a_slot_is_known_of_our_own_kernel_alone():
+    from m3check.explain.places import share_of
+    from m3check.kernels.triton.sparse_attn_decode import sparse_attn_decode
+
+    ours = Kernel("triton", "sparse_attn_decode", "k", PROMISES, sparse_attn_decode)
+    assert share_of(ours, 4, 8) == 1  # few rows: every slot is a split of its own
+    assert share_of(ours, 10**6, 8) == 8
+    assert share_of(replace(ours, function=torch_kernels.sparse_attn_decode), 4, 8) == 0
+
+
 def test_a_kernel_that_raises():
     def broken(function, keywords):
         raise IndexError("page 7 of 5")

@@ -221,7 +221,9 @@ def _show(found: Explanation, trouble: Trouble, guilty: Stand, width: int) -> No
         table = paging.Pages.shuffled(salted, which, guilty.scene.actual.device, trouble.world).table
     found.worst = places.worst(guilty, table)
     found.heat = places.heat(guilty, width)
-    found.places = places.blocks_of(guilty, table)
+    case, kernel = trouble.inputs.case, trouble.kernel.parts.get("sparse_attn_decode", trouble.kernel)
+    share = places.share_of(kernel, case.total_queries * case.kv_heads, case.topk)
+    found.places = places.blocks_of(guilty, table, share)
 
 
 def as_data(found: Explanation) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m3check.explain.pattern import rows_of
 from m3check.explain.stages import Stand
-from m3check.types import BLOCK
+from m3check.types import BLOCK, Kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,8 +218,20 @@ def _shares(stand: Stand, t: int) -> list[list[float]]:
     return found
 
 
-def blocks_of(stand: Stand, table: Tensor | None) -> list[str]:
-    """Which block, page, slot, token the matched filters name."""
+def share_of(kernel: Kernel, rows: int, topk: int) -> int:
+    """How many slots of a list one split takes, for our own decode kernel; 0 where nobody says."""
+    function: Any = kernel.function
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    if getattr(function, "__module__", "") != "m3check.kernels.triton.sparse_attn_decode":
+        return 0
+    from m3check.kernels.triton import tiles
+
+    return -(-topk // tiles.splits(rows, topk))
+
+
+def blocks_of(stand: Stand, table: Tensor | None, share: int = 0) -> list[str]:
+    """Which block, page, slot, split and token the matched filters name; a split takes `share` slots."""
     from m3check.checks import attention
 
     if stand.scene.stage != "attend":
@@ -235,5 +247,7 @@ def blocks_of(stand: Stand, table: Tensor | None) -> list[str]:
     row = rows_of(stand.scene.given.case)[match.row]
     slots = (ids[match.kv_head, match.row] == block).nonzero().flatten().tolist()
     slot = f"slot {slots[0]} of {ids.shape[-1]}" if slots else "in no slot"
+    if slots and share:
+        slot += f", split {slots[0] // share} of {-(-ids.shape[-1] // share)}"
     where = f"request {row.request.index}, token {row.position}, kv head {match.kv_head}"
     return [f"{match.hint(row.position)}: {where}; block {block}{page(table, row.request.index, block)}, {slot}"]
