@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from m3check.paging import Run, World
 
 Answer = TypeVar("Answer")
+Moved = TypeVar("Moved", Inputs, "Run")
 Rule: TypeAlias = Literal["rounded", "folded"]
 
 
@@ -149,6 +150,8 @@ class Session:
     """Why results of this process cannot be trusted, e.g. an interpreter repair that could not be installed."""
     compiling: Callable[[bool], None] = lambda began: None
     """Hears when cross-compilation begins and ends, which stops the clock of a case."""
+    judged_on: str = ""
+    """The device of references and checks, which then are no invariants; empty: where the kernel ran."""
 
 
 def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Result:
@@ -214,13 +217,27 @@ class KernelRaised(Exception):
 
 
 def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -> tuple[list[Finding], Sums | None]:
-    inputs = cases.make_inputs(case, session.device)
-    run, setting = first_call(kernel, inputs, session)
+    inputs = cases.make_inputs(case, session.judged_on or session.device)
+    run, setting = first_call(kernel, _moved(inputs, session.device) if session.judged_on else inputs, session)
+    if session.judged_on:
+        names, run = (), _moved(run, session.judged_on)
     judge = Judge(inputs, setting)
     findings = judge(inputs, run)
     if names and not _red(findings):  # a result that is red already needs no further cause
         findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
     return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None
+
+
+def _moved(value: Moved, device: str) -> Moved:
+    """Inputs, or a run, with its tensors on another device; watched memory stays where it is."""
+    import torch
+
+    def there(held: Any) -> Any:
+        if isinstance(held, dict):
+            return {name: there(each) for name, each in held.items()}
+        return held.to(device) if isinstance(held, torch.Tensor) else held
+
+    return replace(value, **{name: there(held) for name, held in vars(value).items()})
 
 
 def setting_of(kernel: Kernel, session: Session) -> checks.Setting:

@@ -1,7 +1,8 @@
 """Many seeds of the same cases, judged as a run judges them and told in few words: what shows only in a great number.
 
 Invariants are left out: they show on any seed, and a run of the tier has them. A task is one case with some seeds, so that
-a worker compiles and tunes its kernels once for all of them.
+a worker compiles and tunes its kernels once for all of them. References and checks run on the CPU unless asked for on the
+device: they wait for it a hundred times a result, and processes that share one pay dearly for each.
 """
 
 from __future__ import annotations
@@ -152,6 +153,7 @@ def answer(session: runner.Session, message: Mapping[str, Any]) -> dict[str, Any
     """One task: its tally, and the first results that did not pass, in full."""
     import msgspec
 
+    session = replace(session, judged_on=message.get("judged_on", ""))
     line = msgspec.convert(message["line"], PlanLine)
     case = cases.parse_id(line.case)
     first, last = message["seeds"]
@@ -174,16 +176,23 @@ def answer(session: runner.Session, message: Mapping[str, Any]) -> dict[str, Any
 
 
 def run(
-    options: RunOptions, seeds: tuple[int, int], minutes: float = 0.0, progress: Callable[[Soak], None] | None = None
+    options: RunOptions,
+    seeds: tuple[int, int],
+    minutes: float = 0.0,
+    progress: Callable[[Soak], None] | None = None,
+    judged_on: str = "cpu",
 ) -> Soak:
     """Run every case of a selection with seeds `seeds[0]` … `seeds[1]`, for so many minutes at most (0: no limit).
 
-    Raises M3CheckError for what the user can mend.
+    `judged_on` is where references and checks run: `cpu`, or `device`, where the kernels ran. Raises M3CheckError for what
+    the user can mend.
     """
     import msgspec
 
     from m3check import api
+    from m3check.config import choose
 
+    choose("place to judge on", judged_on, ("cpu", "device"))
     first, last = seeds
     if not 1 <= first <= last:
         raise M3CheckError(f"--seeds {first}..{last} has no seed; the first that can be is 1: --seeds 1..100")
@@ -196,7 +205,7 @@ def run(
     tasks: dict[api.Group, list[Task]] = {}
     for task in _tasks(lines, first, last):
         tasks.setdefault(api.Group(task.line.provider, evidence), []).append(task)
-    jobs = options.jobs or min(6 if evidence == "device" else 64, api.default_jobs(evidence))
+    jobs = options.jobs or min(6 if (evidence, judged_on) == ("device", "device") else 64, api.default_jobs(evidence))
     facts: dict[str, Any] = {
         "evidence": evidence,
         "evidence_reason": why,
@@ -204,6 +213,7 @@ def run(
         "host": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "jobs": jobs,
+        "judged_on": judged_on if evidence == "device" else "cpu",
         "tier": options.tier if not options.cases else "",
     }
     soak = Soak(arch.name, "", facts, seeds, len(lines) * (last - first + 1))
@@ -215,7 +225,13 @@ def run(
 
     def message(task: Task) -> dict[str, Any]:
         repro = f"m3check run --arch {options.arch} --kernels {task.line.provider}"
-        return {"line": msgspec.to_builtins(task.line), "seeds": [task.first, task.last], "repro": repro}
+        where = "cpu" if (evidence, judged_on) == ("device", "cpu") else ""
+        return {
+            "line": msgspec.to_builtins(task.line),
+            "seeds": [task.first, task.last],
+            "repro": repro,
+            "judged_on": where,
+        }
 
     interrupted = False
     pool: isolate.Pool[api.Group]

@@ -12,7 +12,7 @@ import pytest
 import torch_kernels as right
 from test_invariants import like, session
 
-from m3check import cases, soak
+from m3check import cases, runner, soak
 from m3check.config import RunOptions
 from m3check.isolate import Death
 from m3check.types import M3CheckError, PlanLine, Result, Status
@@ -130,3 +130,27 @@ def test_a_mistyped_range_is_a_sentence_and_exit_code_4():
     done = command("--seeds", "some")
     assert done.returncode == 4
     assert "wants A..B" in done.stderr
+
+
+def test_references_may_run_elsewhere_than_the_kernel(monkeypatch):
+    """What a kernel is given goes to its device, what it made comes back to be judged."""
+    seen, moved = [], runner._moved
+
+    def spy(value, device):
+        seen.append((type(value).__name__, device))
+        return moved(value, device)
+
+    monkeypatch.setattr(runner, "_moved", spy)
+    message = {"line": msgspec.to_builtins(LINE), "seeds": [1, 2], "repro": "", "judged_on": "cpu"}
+    reply = soak.answer(session({"index_decode_score": right.index_decode_score}), message)
+    assert reply["tally"]["summary"] == {"passed": 2}
+    assert seen == [("Inputs", "cpu"), ("Run", "cpu")] * 2
+    inputs = cases.make_inputs(cases.parse_id(CASE))
+    there = moved(inputs, "meta")
+    assert (there.idx_q.device.type, there.case, there.scores) == ("meta", inputs.case, None)
+
+    @like("index_decode_score")
+    def wrong(**arguments):
+        return right.index_decode_score(**arguments) * 1.5
+
+    assert soak.answer(session({"index_decode_score": wrong}), message)["tally"]["summary"] == {"failed": 2}

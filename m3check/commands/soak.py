@@ -40,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
             other = total.results - total.statuses["passed"]
             talk(f"m3check: {total.results} of {so_far.asked} results, {other} did not pass")
 
-    found = soak.run(options, seeds, arguments.minutes or 0.0, progress)
+    found = soak.run(options, seeds, arguments.minutes or 0.0, progress, arguments.judge or "cpu")
     found.command = shlex.join(["m3check", *sys.argv[1:]])
     if folder is not None:
         part = folder / "soak.json.part"
