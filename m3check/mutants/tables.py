@@ -59,7 +59,7 @@ def line(outcome: Outcome) -> str:
 
 def without(row: Row) -> str:
     """A catalogue row that could not be made here, and why."""
-    where = {"device": "shows on a device", "elsewhere": "not these ops"}.get(row.where, "a form that these kernels do not have")
+    where = {"device": "shows on a device", "elsewhere": "not these ops"}.get(row.where, "a form that these kernels lack")
     return f"{row.name} {row.defect}: {where}" + (f": {row.reason}" if row.reason else "")
 
 
