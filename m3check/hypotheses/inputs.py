@@ -21,53 +21,29 @@ ONE_LESS = moved(lambda request, i: min(request.position(i), request.kv_len - re
 
 
 def past_seen(last_only: bool) -> Callable[[Scene], Inputs | None]:
-    """A query sees its own block to the end, past the last token too, where the memory of the call holds poison."""
+    """A query sees its own block to the end, past the last token too, whatever the memory of the call holds there."""
 
     def inputs(scene: Scene) -> Inputs | None:
-        import torch
-
         from m3check.hypotheses.geometry import Geometry
-        from m3check.paging import _bytes, filled, poison_value
+        from m3check.hypotheses.memory import to_the_end
         from m3check.types import Case, Request
 
-        given = scene.given
-        case, device = given.case, next(x for x in (given.idx_q, given.q) if x is not None).device
-        source: list[Tensor] = []
+        case = scene.given.case
         rows: list[Request] = []
         start = 0
         for request in case.requests():
-            room = blocks(request.kv_len) * BLOCK
-            token = torch.arange(room, device=device)
-            source.append(torch.where(token < request.kv_len, request.kv_start + token, -1))
             for i in range(request.query_len):
                 position = request.position(i)
                 ends = position >= 0 and (not last_only or position == request.kv_len - 1)
                 end = (position | (BLOCK - 1)) + 1 if ends else max(0, position + 1)
                 rows.append(Request(len(rows), request.query_start + i, 1, start, end))
-            start += room
-        place = torch.cat(source) if source else torch.zeros(0, dtype=torch.int64, device=device)
-        if not (place < 0).any():
+            start += blocks(request.kv_len) * BLOCK
+        if start == case.total_tokens:
             return None
-
-        def spread(x: Tensor | None) -> Tensor | None:
-            if x is None or x.dim() == 0:
-                return x
-            value = poison_value(x.dtype, scene.world.poison)
-            wide = filled([len(place), *x.shape[1:]], value, x.dtype, x.device)
-            _bytes(wide)[place >= 0] = _bytes(x)[place[place >= 0]]
-            return wide
-
+        longer = to_the_end(scene)
         figures = {name: getattr(case, name) for name in Case.__dataclass_fields__}
         figures["kv_lens"] = tuple(blocks(n) * BLOCK for n in case.kv_lens)
-        return replace(
-            given,
-            case=Geometry(**figures, rows=tuple(rows)),
-            idx_k=spread(given.idx_k),
-            k=spread(given.k),
-            v=spread(given.v),
-            k_scale=spread(given.k_scale),
-            v_scale=spread(given.v_scale),
-        )
+        return None if longer is None else replace(longer, case=Geometry(**figures, rows=tuple(rows)))
 
     return inputs
 

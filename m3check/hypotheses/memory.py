@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from m3check.hypotheses.scene import Scene
-from m3check.types import BLOCK, Inputs
+from m3check.types import BLOCK, Inputs, blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,53 +25,59 @@ class Memory:
 
 def misread(change: Callable[[Memory], Memory | None]) -> Callable[[Scene], Inputs | None]:
     """The logical inputs that a kernel sees which takes `change(memory)` for the memory of its call."""
-
-    def inputs(scene: Scene) -> Inputs | None:
-        from m3check import paging
-
-        given, world = scene.given, scene.world
-        index = scene.stage == "score"
-        if world.far:
-            return None
-        case = replace(given.case, layout=world.layout) if world.layout else given.case
-        device = next(x for x in (given.idx_q, given.q) if x is not None).device
-        laid_out = replace(given, case=case)
-        salted = replace(given.case, op=world.salt)
-        pages = paging.Pages.shuffled(salted, "index" if index else "main", device, world)
-        if index:
-            cache = paging.pack_index_cache(laid_out, pages, world.poison)
-        else:
-            cache = paging.pack_main_cache(laid_out, pages, scene.profile.kv_layout, world.poison)
-        other = change(Memory(cache, pages.table))
-        if other is None:
-            return None
-        slots = _slots(given, other.table.clamp(0, cache.shape[0] - 1))
-        if index:
-            return replace(given, idx_k=_take(other.cache, slots // BLOCK, slots % BLOCK))
-        raw, page, at, dim = _bytes(other.cache), slots // BLOCK, slots % BLOCK, given.case.head_dim
-        if scene.profile.kv_layout == "packed":
-            rows = raw[page, :, at]
-            k, v = rows[..., :dim], rows[..., dim : 2 * dim]
-        else:
-            k, v = raw[page, 0, at], raw[page, 1, at]
-        changed = replace(given, k=k.contiguous().view(cache.dtype), v=v.contiguous().view(cache.dtype))
-        if given.k_scale is not None and given.k_scale.dim() == 2:
-            scales = [paging.pack_scale(s, case, pages, world.poison) for s in (given.k_scale, given.v_scale)]
-            k_scale, v_scale = (None if s is None else s[:, slots].T for s in scales)
-            changed = replace(changed, k_scale=k_scale, v_scale=v_scale)
-        return changed
-
-    return inputs
+    return lambda scene: _read(scene, change, scene.given.case.kv_lens)
 
 
-def _slots(given: Inputs, table: Tensor) -> Tensor:
-    """Physical slot of each of the N logical tokens, int64, by the rows of a table."""
+def to_the_end(scene: Scene) -> Inputs | None:
+    """Every request with its last block read to the end: past its last token stands what the memory of the call holds."""
+    return _read(scene, lambda memory: memory, tuple(blocks(n) * BLOCK for n in scene.given.case.kv_lens))
+
+
+def _read(scene: Scene, change: Callable[[Memory], Memory | None], lengths: Sequence[int]) -> Inputs | None:
+    """The cache packed as in the call, then `lengths` tokens of each request read back through changed memory."""
+    from m3check import paging
+
+    given, world = scene.given, scene.world
+    index = scene.stage == "score"
+    if world.far:
+        return None
+    case = replace(given.case, layout=world.layout) if world.layout else given.case
+    device = next(x for x in (given.idx_q, given.q) if x is not None).device
+    laid_out = replace(given, case=case)
+    salted = replace(given.case, op=world.salt)
+    pages = paging.Pages.shuffled(salted, "index" if index else "main", device, world)
+    if index:
+        cache = paging.pack_index_cache(laid_out, pages, world.poison)
+    else:
+        cache = paging.pack_main_cache(laid_out, pages, scene.profile.kv_layout, world.poison)
+    other = change(Memory(cache, pages.table))
+    if other is None:
+        return None
+    slots = _slots(lengths, other.table.clamp(0, cache.shape[0] - 1))
+    if index:
+        return replace(given, idx_k=_take(other.cache, slots // BLOCK, slots % BLOCK))
+    raw, page, at, dim = _bytes(other.cache), slots // BLOCK, slots % BLOCK, given.case.head_dim
+    if scene.profile.kv_layout == "packed":
+        rows = raw[page, :, at]
+        k, v = rows[..., :dim], rows[..., dim : 2 * dim]
+    else:
+        k, v = raw[page, 0, at], raw[page, 1, at]
+    changed = replace(given, k=k.contiguous().view(cache.dtype), v=v.contiguous().view(cache.dtype))
+    if given.k_scale is not None and given.k_scale.dim() == 2:
+        scales = [paging.pack_scale(s, case, pages, world.poison) for s in (given.k_scale, given.v_scale)]
+        k_scale, v_scale = (None if s is None else s[:, slots].T for s in scales)
+        changed = replace(changed, k_scale=k_scale, v_scale=v_scale)
+    return changed
+
+
+def _slots(lengths: Sequence[int], table: Tensor) -> Tensor:
+    """Physical slot of the first tokens of each request, int64, by the rows of a table."""
     import torch
 
     parts = [torch.zeros(0, dtype=torch.int64, device=table.device)]
-    for request in given.case.requests():
-        token = torch.arange(request.kv_len, device=table.device)
-        parts.append(table[request.index, token // BLOCK].long() * BLOCK + token % BLOCK)
+    for row, length in enumerate(lengths):
+        token = torch.arange(length, device=table.device)
+        parts.append(table[row, token // BLOCK].long() * BLOCK + token % BLOCK)
     return torch.cat(parts)
 
 
