@@ -97,8 +97,8 @@ def _more_blocks(case: Case) -> bool:
 
 
 def _telling(case: Case) -> bool:
-    """Id lists that every kernel accepts, and values of which each moves the result: probes hold most of them still."""
-    return case.ids in ("full", "ascending") and case.fill in ("gauss", "wide", "integer")
+    """Lists of several ids that every kernel accepts, and values of which each moves the result: probes hold most still."""
+    return case.ids in ("full", "ascending") and case.fill in ("gauss", "wide", "integer") and case.topk > 1
 
 
 def _tiled(case: Case) -> bool:
