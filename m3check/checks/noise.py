@@ -7,6 +7,7 @@ fp32 holds every square. docs/bounds.md derives each term.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ SUBTILE = 32
 
 CELLS = 16
 """Logits this fraction of a rounding cell apart are taken to round alike."""
+
+TIE = 2.0**-20
+"""Logits this far apart tie."""
 
 HEAVY = 32
 """Bins of a row whose sums are worked out exactly, the heaviest ones."""
@@ -60,7 +64,7 @@ class Noise:
     leaning: Tensor | None  # [P, G, n] one-signed error of each weight times ŵ, None where there is none
     leant: Tensor  # the part of `bias` that comes from `leaning`
     token_variance: Tensor  # [P, G, n] of the relative error of each weight
-    bin: Tensor  # [P, G, n] int32: tokens of one bin round alike
+    bins: tuple[Tensor, Tensor]  # [P, G, n] int32: tokens of one bin round alike, by cells and by exact ties
     coherence: Tensor  # [P, G] how much that adds to Σ ŵ²
     from_tokens: Tensor  # variance through the weights
     own: Tensor  # variance of what is independent between channels, the final rounding apart
@@ -102,9 +106,10 @@ def noise(
 
     # independent errors of the weights, each shared by all channels of its token
     token_variance = u**2 / 3 + weight_deviation.square()
-    bin_ = _bins(logit, u)
-    coherence = _coherence(bin_, weight)
-    from_tokens = _through_weights(token_variance.sqrt() * weight, bin_, coherence, weight, pairs, o)
+    # Near logits mostly round alike, yet the edge of a cell may part them: the worse of both counts everywhere.
+    bins = _bins(logit, 2 * u / CELLS), _bins(logit, TIE)
+    coherence = _coherence(bins[0], weight)
+    from_tokens = _through_weights(token_variance.sqrt() * weight, bins, coherence, weight, pairs, o)
     random = weight * (u + weight_most)
     most = random @ pairs.v_abs + o.abs() * random.sum(-1, keepdim=True)
 
@@ -145,7 +150,7 @@ def noise(
         leaning,
         leant,
         token_variance,
-        bin_,
+        bins,
         coherence,
         from_tokens,
         own,
@@ -170,11 +175,10 @@ def _weight_errors(sums: DotError, logit: Tensor, m: Tensor, sm_scale: float) ->
     return bias, deviation, sm_scale * sums.worst + steps
 
 
-def _bins(logit: Tensor, u: float) -> Tensor:
-    """The rounding cell of each logit, int32: tokens of one bin round alike."""
-    width = max(2 * u / CELLS, 2.0**-20)
+def _bins(logit: Tensor, width: float) -> Tensor:
+    """The bin of each logit, int32."""
     # The offset keeps exact ties off the edges, where noise of the last bit would part them.
-    return torch.floor(logit / width + 0.381966).clamp(-(2**31), 2**31 - 128).int()
+    return torch.floor(logit / max(width, TIE) + 0.381966).clamp(-(2**31), 2**31 - 128).int()
 
 
 def _coherence(bin_: Tensor, weight: Tensor) -> Tensor:
@@ -193,7 +197,9 @@ def ranks(bin_: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, step)
 
 
-def _through_weights(scaled: Tensor, bin_: Tensor, coherence: Tensor, weight: Tensor, pairs: Pairs, o: Tensor) -> Tensor:
+def _through_weights(
+    scaled: Tensor, bins: Sequence[Tensor], coherence: Tensor, weight: Tensor, pairs: Pairs, o: Tensor
+) -> Tensor:
     """Variance of Σ ε_j c_j v_j for c = `scaled` [P, G, n], tokens of one bin erring together.
 
     Where the rounded weights are also the ones that are summed, v - o takes the place of v: the larger of both counts.
@@ -202,21 +208,27 @@ def _through_weights(scaled: Tensor, bin_: Tensor, coherence: Tensor, weight: Te
     v, v2 = pairs.v, pairs.v_square
     variance = _spread(scaled.square(), v, v2, o) * coherence.clamp(1, SCATTERED)[..., None]
     many = (coherence > SCATTERED).any(-1).nonzero().flatten()
-    for part in chunks(len(many), max(1, 2**25 // (HEAVY * bin_.shape[1] * bin_.shape[2]))):
+    for part in chunks(len(many), max(1, 2**25 // (HEAVY * weight.shape[1] * weight.shape[2]))):
         pair = many[part]
-        rank, mass = ranks(bin_[pair]), weight[pair]
-        table = torch.zeros_like(mass).scatter_add_(-1, rank, mass)
-        heavy, place = table.topk(min(HEAVY, table.shape[-1]), dim=-1)  # [p, G, M]
-        member = rank[:, :, None] == place[..., None]  # [p, G, M, n]
-        terms = member * scaled[pair][:, :, None]
-        sums = (terms.flatten(1, 2) @ v[pair]).unflatten(1, heavy.shape[1:])  # [p, G, M, D]
-        shifted = sums - terms.sum(-1, keepdim=True) * o[pair][:, :, None]
-        rest = ~member.any(2)
-        left = table.square().sum(-1) - heavy.square().sum(-1)
-        factor = left / (mass.square() * rest).sum(-1).clamp(min=1e-30)
-        light = _spread((scaled[pair] * rest).square(), v[pair], v2[pair], o[pair]) * factor.clamp(min=1)[..., None]
-        variance[pair] = torch.maximum(sums.square().sum(2), shifted.square().sum(2)) + light
+        ways = [_together(scaled[pair], bin_[pair], weight[pair], v[pair], v2[pair], o[pair]) for bin_ in bins]
+        variance[pair] = torch.stack(ways).amax(0)
     return variance
+
+
+def _together(scaled: Tensor, bin_: Tensor, mass: Tensor, v: Tensor, v2: Tensor, o: Tensor) -> Tensor:
+    """The same variance, the heaviest bins summed one by one: [p, G, D]."""
+    rank = ranks(bin_)
+    table = torch.zeros_like(mass).scatter_add_(-1, rank, mass)
+    heavy, place = table.topk(min(HEAVY, table.shape[-1]), dim=-1)  # [p, G, M]
+    member = rank[:, :, None] == place[..., None]  # [p, G, M, n]
+    terms = member * scaled[:, :, None]
+    sums = (terms.flatten(1, 2) @ v).unflatten(1, heavy.shape[1:])  # [p, G, M, D]
+    shifted = sums - terms.sum(-1, keepdim=True) * o[:, :, None]
+    rest = ~member.any(2)
+    left = table.square().sum(-1) - heavy.square().sum(-1)
+    factor = left / (mass.square() * rest).sum(-1).clamp(min=1e-30)
+    light = _spread((scaled * rest).square(), v, v2, o) * factor.clamp(min=1)[..., None]
+    return torch.maximum(sums.square().sum(2), shifted.square().sum(2)) + light
 
 
 def _spread(squares: Tensor, v: Tensor, v2: Tensor, o: Tensor) -> Tensor:

@@ -52,12 +52,15 @@ def projected_limit(
     shifted = along - (direction * take(model.o)).sum(-1, keepdim=True)
     plain, other = scale * along, scale * shifted
     coherence = take(model.coherence)
-    factor = coherence.clamp(1, SCATTERED)
     if (coherence > SCATTERED).any():
-        rank, factor = ranks(take(model.bin)), torch.ones_like(factor)
-        plain, other = (torch.zeros_like(x).scatter_add_(-1, rank, x) for x in (plain, other))
-    tokens = (torch.maximum(plain.square().sum(-1), other.square().sum(-1)) * factor).sum(-1)  # [c]
-    most = math.sqrt(3) * torch.maximum(plain.abs().sum(-1), other.abs().sum(-1)).sum(-1)
+        # Tied tokens round alike for certain, which bounds the sum; near ones perhaps, which only its variance must cover.
+        near, ties = (tuple(_joined(x, take(bin_)) for x in (plain, other)) for bin_ in model.bins)
+        ways, factor = (*near, *ties), torch.ones_like(coherence)
+    else:
+        ways = ties = (plain, other)
+        factor = coherence.clamp(min=1)
+    tokens = (torch.stack([x.square().sum(-1) for x in ways]).amax(0) * factor).sum(-1)  # [c]
+    most = math.sqrt(3) * torch.maximum(*(x.abs().sum(-1) for x in ties)).sum(-1)
     own = (direction.square() * (take(model.own) + take(model.half).square() / 3)).sum((-2, -1))
     if head is None:
         q = pairs.q[pair]
@@ -68,6 +71,11 @@ def projected_limit(
     if model.leaning is not None:  # a weight's own error is the same in all channels
         bias = bias + (take(model.leaning) * shifted.abs()).sum((-2, -1))
     return bias, random
+
+
+def _joined(terms: Tensor, bin_: Tensor) -> Tensor:
+    """The sum of each bin, in the place of its rank: [c, G, n]."""
+    return torch.zeros_like(terms).scatter_add_(-1, ranks(bin_), terms)
 
 
 def row_limit(residue: Residue, model: Noise, pairs: Pairs, surprise: float) -> tuple[Tensor, Tensor]:
@@ -83,9 +91,12 @@ def row_limit(residue: Residue, model: Noise, pairs: Pairs, surprise: float) -> 
         worst = (total / limit).flatten().topk(min(EXAMINED, suspects.numel())).indices
         worst = worst[suspects[worst]]
         pair, head = worst // total.shape[1], worst % total.shape[1]
-        exact = torch.maximum(
-            *(_quadratic_limit(residue, model, pairs, pair, head, shift, surprise) for shift in (False, True))
-        )
+        ways = [
+            _quadratic_limit(residue, model, pairs, pair, head, bin_, shift, surprise)
+            for bin_ in model.bins
+            for shift in (False, True)
+        ]
+        exact = torch.stack(ways).amax(0)
         cleared = torch.minimum(total, limit)  # rows that were not examined do not count
         examined = torch.zeros_like(total, dtype=torch.bool)
         examined[pair, head] = True
@@ -96,13 +107,20 @@ def row_limit(residue: Residue, model: Noise, pairs: Pairs, surprise: float) -> 
 
 
 def _quadratic_limit(
-    residue: Residue, model: Noise, pairs: Pairs, pair: Tensor, head: Tensor, shift: bool, surprise: float
+    residue: Residue,
+    model: Noise,
+    pairs: Pairs,
+    pair: Tensor,
+    head: Tensor,
+    bin_: Tensor,
+    shift: bool,
+    surprise: float,
 ) -> Tensor:
     """Limit [c] of Σ (err/σ)² with the correlation between channels that the weights' roundings make."""
     scale = (model.token_variance[pair, head].sqrt() * model.weight[pair, head])[..., None]  # [c, n, 1]
     v = pairs.v[pair] - model.o[pair, head][:, None] if shift else pairs.v[pair]
     terms = scale * v * residue.precision[pair, head].sqrt()[:, None]
-    rank = ranks(model.bin[pair, head])
+    rank = ranks(bin_[pair, head])
     sums = torch.zeros_like(terms).scatter_add_(1, rank[..., None].expand_as(terms), terms)
     own = (model.own + model.half.square() / 3)[pair, head] * residue.precision[pair, head]
     spread = sums.mT @ sums + torch.diag_embed(own)  # [c, D, D]
