@@ -7,6 +7,7 @@ import inspect
 from dataclasses import replace
 
 import pytest
+import simulate
 import torch
 
 triton = pytest.importorskip("triton")
@@ -377,3 +378,14 @@ def test_an_empty_batch_is_no_launch():
 
 def test_the_sort_key_has_room_for_every_block():
     assert selection.ID_MASK.value >= blocks(2**31 - 1) - 1
+
+
+def test_near_logits_may_round_apart():
+    """Row 5 has four distinct logits; two are 0.0002 apart, on either side of where p is rounded to bf16."""
+    inputs = case_inputs("sparse_attn/q=4x2,kv=1920+2047,h=3,g=1,topk=8,layout=nhd,fill=ties~116")
+    right = run(inputs)
+    assert not simulate.red(simulate.judge(inputs, {"out": right}, partials="fp32"))
+    lost = inputs.topk_idx.clone()
+    lost[1, 5, 3] = lost[1, 5, 7]  # 128 of its thousand tokens are lost, 128 come twice
+    wrong = run(replace(inputs, topk_idx=lost))
+    assert "token" in simulate.red(simulate.judge(inputs, {"out": wrong}, partials="fp32"))
