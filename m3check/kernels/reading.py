@@ -16,7 +16,7 @@ from m3check.types import OPS, M3CheckError
 
 PREFIX = "minimax_m3_"
 
-IdRule = Literal["tested", "bounded", "counted", "leading"]
+IdRule = Literal["tested", "counted", "leading"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Reading:
     kv_layout: Literal["packed", "split"] | None
     """By the number of strides taken from `kv_cache`: four or five."""
     id_rule: IdRule
-    """What attention does with ids: `bounded` skips each that is negative or not visible, `tested` each negative one,
-    `counted` reads as many leading ids as are not negative, `leading` reads min(topk, visible) ids unseen."""
+    """What attention does with ids: `tested` skips each that is negative or not visible, `counted` reads as many leading
+    ids as are not negative, `leading` reads min(topk, visible) ids unseen. A kernel with half of a test means the whole."""
     mixes_fp8: bool
     """Whether a kernel asks for fp8 operands, to widen one that differs from the other."""
 
@@ -92,14 +92,10 @@ def _id_rule(functions: list[ast.FunctionDef]) -> IdRule:
     for function in functions:
         loaded = set(_loaded_names(function))
         counted = {id(n) for call in ast.walk(function) if _is_call(call, "sum") for n in ast.walk(call)}
-        for name, node in _compared_with_zero(function):
-            if name not in loaded:
-                continue
-            if id(node) in counted:
-                rules.add("counted")
-            else:
-                rules.add("bounded" if _has_upper_bound(function, name) else "tested")
-    return next((rule for rule in ("counted", "bounded", "tested") if rule in rules), "leading")
+        for name, node in _compared(function):
+            if name in loaded:
+                rules.add("counted" if id(node) in counted else "tested")
+    return next((rule for rule in ("counted", "tested") if rule in rules), "leading")
 
 
 def _loaded_names(function: ast.FunctionDef) -> Iterator[str]:
@@ -109,22 +105,14 @@ def _loaded_names(function: ast.FunctionDef) -> Iterator[str]:
             yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
 
-def _compared_with_zero(function: ast.FunctionDef) -> Iterator[tuple[str, ast.Compare]]:
+def _compared(function: ast.FunctionDef) -> Iterator[tuple[str, ast.Compare]]:
+    """Names tested to be at least 0, or below something."""
     for node in ast.walk(function):
-        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and isinstance(node.ops[0], ast.GtE):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name):
             right = node.comparators[0]
-            if isinstance(right, ast.Constant) and right.value == 0:
+            from_zero = isinstance(node.ops[0], ast.GtE) and isinstance(right, ast.Constant) and right.value == 0
+            if from_zero or isinstance(node.ops[0], ast.Lt):
                 yield node.left.id, node
-
-
-def _has_upper_bound(function: ast.FunctionDef, name: str) -> bool:
-    return any(
-        isinstance(node, ast.Compare)
-        and isinstance(node.left, ast.Name)
-        and node.left.id == name
-        and isinstance(node.ops[0], (ast.Lt, ast.LtE))
-        for node in ast.walk(function)
-    )
 
 
 def _is_call(node: ast.AST, attribute: str) -> bool:

@@ -37,8 +37,7 @@ COMMON_ON_AMD = frozenset({"sparse_attn_decode"})
 ID_LISTS: Mapping[str, frozenset[str]] = {  # which id lists attention bears, by how it reads ids
     "leading": frozenset({"full", "ascending"}),
     "counted": frozenset({"full", "ascending", "short"}),
-    "tested": frozenset({"full", "ascending", "short"}),
-    "bounded": frozenset({"full", "ascending", "short", "future"}),
+    "tested": frozenset({"full", "ascending", "short", "future"}),
 }
 """No version promises `holes`: the best of them read min(topk, visible) slots, and a hole may push an id behind those."""
 

@@ -3,8 +3,8 @@
 JSON has no numbers for NaN and the infinities, so `measured` and `limit` hold the strings "nan", "inf" and "-inf" there;
 the reader turns them back. To keep thousands of results under four megabytes, figures have six significant digits; axes
 that few cases move stand only where they are moved; a finding that passed goes without its place (but names a compiled
-variant), without an empty hint, and without figures where an exact check measured 0. Every other finding has all of its fields. Keys that a reader does
-not know are ignored, so a later minor version may add some.
+variant), without an empty hint, and without figures where an exact check measured 0. Every other finding has all of its
+fields. Keys that a reader does not know are ignored, so a later minor version may add some.
 """
 
 from __future__ import annotations
