@@ -22,7 +22,8 @@ class NothingToCompile(M3CheckError):
 def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Callable[[bool], None]) -> list[Finding]:
     """What compiling a case's launches shows. Raises NothingToCompile with the sentence why there is nothing to say.
 
-    With `sweep`, lengths and batch sizes are varied too, and variants counted.
+    With `sweep`, which one case of each op has, every candidate of an autotuner is compiled, lengths and batch sizes are
+    varied, and variants counted. Elsewhere one candidate stands for an autotuner's: large sorts take half a minute each.
     """
     from m3check.compiled import build, target
     from m3check.compiled import sweep as sweeping
@@ -31,8 +32,19 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
     launches, raised = launches_of(case, kernel)
     if not launches and not raised:
         raise NothingToCompile(f"{kernel.name} launches no Triton kernel, so there is nothing to compile")
-    wanted = [candidate for launch in launches for candidate in launch.candidates]
-    outcomes = dict(zip(map(id, wanted), build.build_all(wanted, target.gpu_target(arch), compiling), strict=True))
+    goal = target.gpu_target(arch)
+    wanted = [each for launch in launches if sweep or not launch.tuned for each in launch.candidates]
+    outcomes = dict(zip(map(id, wanted), build.build_all(wanted, goal, compiling), strict=True))
+    for launch in launches:
+        if launch.tuned and not sweep:
+            tried = []
+            for candidate in reversed(launch.candidates):  # by custom the smallest tile comes last
+                [outcome] = build.build_all([candidate], goal, compiling)
+                outcomes[id(candidate)] = outcome
+                tried.append(candidate)
+                if outcome.figures is not None and outcome.figures.shared <= arch.shared_memory:
+                    break
+            launch.candidates = tried
     for outcome in outcomes.values():
         missing = missing_dialect(case, arch, outcome)
         if missing:
