@@ -234,3 +234,13 @@ def test_a_record_tells_each_variant_once():
     first, second = told_once([result("a", where, same, bad), result("b", where, same, bad)])
     assert first.findings == (where, same, bad)
     assert second.findings == (where, bad)
+
+
+def test_a_larger_tier_compiles_the_cases_of_smoke_and_all_of_them_where_asked():
+    def compiled(**options) -> int:
+        lines = runner.plan(RunOptions(arch="sm80", kernels=("triton",), ops=("index_topk",), **options))
+        return sum(line.evidence == "compiled" for line in lines)
+
+    few = compiled(tier="smoke")
+    assert 0 < few == compiled(tier="ci") < compiled(tier="ci", require="compiled")
+    assert compiled(tier="ci", require="compiled") == len(cases.tier("ci", ("index_topk",)))
