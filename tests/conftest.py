@@ -8,6 +8,9 @@ import pytest
 
 from m3check.arch import present
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already: threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 DEVICES = present()
 if not DEVICES:
     os.environ.setdefault("TRITON_INTERPRET", "1")
