@@ -105,9 +105,12 @@ class Arch:
         return min((m.accumulator for m in self.rows(operands, instruction)), key=lambda a: a.precision)
 
     def kind(self, dtype: str) -> str:
-        """The operand kind of a dtype's word: 16, fp8, and for fp32 the least precise that a kernel may use here."""
+        """The operand kind of a dtype's word: 16, fp8, and for fp32 the least precise that a kernel may use here.
+
+        TF32 (XF32 on gfx942) where the target has it; no kernel promises to do without: what was emitted decides.
+        """
         if dtype == "fp32":
-            return "tf32" if self.vendor == "nvidia" else "fp32"
+            return "tf32" if any(row.operands == "tf32" for row in self.mma) else "fp32"
         return "fp8" if dtype.startswith("fp8") else "16"
 
 

@@ -277,8 +277,6 @@ class Profile:
     """fp8 with scales: `rounded` computes on RN_query_dtype(code · scale), `folded` on the exact product."""
     partials: Literal["query", "fp32", "any"] = "any"
     """Dtype of split-K partial outputs; `query` adds a rounding for each split."""
-    fp32_dot: Literal["ieee", "tf32"] = "ieee"
-    """How fp32 operands are multiplied on a device."""
     bitwise: frozenset[str] = frozenset()
     """Further promises: `repeat` (the same bits twice), `far_rows` (query tokens whose offset passes 2^31 elements),
     `graph` (a CUDA graph can capture the kernel), `apart` (channels, ids and score columns of any stride), `empty` (a batch

@@ -63,6 +63,31 @@ def test_the_operands_of_an_instruction_are_read_from_its_name(instruction, oper
     assert operands_of(instruction) == operands
 
 
+@pytest.mark.parametrize(
+    ("arch", "ran", "operand_bits"),
+    [
+        ("gfx942", "v_mfma_f32_16x16x8_xf32", 11),
+        ("gfx942", "v_mfma_f32_16x16x4_f32", None),
+        ("gfx942", "", 11),
+        ("gfx950", "v_mfma_f32_16x16x4_f32", None),
+        ("gfx950", "", None),
+        ("sm90", "", 11),
+    ],
+)
+def test_fp32_operands_are_bounded_by_what_was_emitted_and_by_the_worst_where_nothing_is_known(arch, ran, operand_bits):
+    """A kernel's error at TF32's level is explained where TF32 ran, and refused where fp32 did."""
+    target = find_arch(arch)
+    launches = Launches({"index_score": {ran}} if ran else {})
+    how = launches.accumulator("index_score", target, target.kind("fp32"))
+    assert how.operand_bits == operand_bits
+    draw = torch.Generator().manual_seed(7)
+    a, b = (torch.randn(64, 128, generator=draw) for _ in range(2))
+    coarse, fine = (a.view(torch.int32) & -8192).view(torch.float32), a.flip(-1)  # 11 bits kept; other order of sums
+    limit = dot_error(a, b, how).limit(8.0)
+    assert bool(((coarse @ b.mT - a @ b.mT).abs() <= limit).all()) == (operand_bits is not None)
+    assert ((fine @ b.flip(-1).mT - a @ b.mT).abs() <= limit).all()
+
+
 def test_an_instruction_gets_its_own_row_and_an_unknown_one_the_least_precise():
     sm90 = find_arch("sm90")
     assert sm90.accumulator("16", "wgmma.mma_async.sync").fraction_bits == 25

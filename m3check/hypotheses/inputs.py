@@ -119,38 +119,39 @@ def values_times(factor: float) -> Change:
     return change
 
 
-def slots_lost(part: int, of: int) -> Change:
-    """One of several parts of every list is not attended: a split lost."""
+def _slots(part: int, of: int, changed: Callable[[Tensor, slice], Tensor]) -> Change:
+    """One of `of` equal parts of every list, as a split reads them, is changed."""
 
     def change(inputs: Inputs) -> Inputs | None:
         ids = inputs.topk_idx
         assert ids is not None
         share = -(-ids.shape[-1] // of)
-        lost = slice(part * share, (part + 1) * share)
-        if ids.shape[-1] < of or not (ids[..., lost] >= 0).any():
+        slots = slice(part * share, (part + 1) * share)
+        if ids.shape[-1] < of or not (ids[..., slots] >= 0).any():
             return None
-        other = ids.clone()
-        other[..., lost] = -1
-        return replace(inputs, topk_idx=other)
+        return replace(inputs, topk_idx=changed(ids, slots))
 
     return change
+
+
+def slots_lost(part: int, of: int) -> Change:
+    """One of several parts of every list is not attended: a split lost."""
+
+    def without(ids: Tensor, slots: slice) -> Tensor:
+        ids = ids.clone()
+        ids[..., slots] = -1
+        return ids
+
+    return _slots(part, of, without)
 
 
 def slots_doubled(part: int, of: int) -> Change:
     """One of several parts of every list counts twice."""
 
-    def change(inputs: Inputs) -> Inputs | None:
-        import torch
+    def twice(ids: Tensor, slots: slice) -> Tensor:
+        return ids[..., [*range(ids.shape[-1]), *range(ids.shape[-1])[slots]]]
 
-        ids = inputs.topk_idx
-        assert ids is not None
-        share = -(-ids.shape[-1] // of)
-        twice = ids[..., part * share : (part + 1) * share]
-        if ids.shape[-1] < of or not (twice >= 0).any():
-            return None
-        return replace(inputs, topk_idx=torch.cat([ids, twice], -1))
-
-    return change
+    return _slots(part, of, twice)
 
 
 def slots_past(count: int) -> Change:

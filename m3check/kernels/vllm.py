@@ -167,7 +167,6 @@ def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
         normaliser="lse",
         dequantise="rounded",
         partials="query",
-        fp32_dot="tf32" if arch.vendor == "nvidia" else "ieee",
         bitwise=frozenset() if "amd.ops" in choice.module else frozenset({"apart", "empty"}),
     )
 

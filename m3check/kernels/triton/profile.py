@@ -13,6 +13,5 @@ PROFILE = Profile(
     normaliser="sum",
     dequantise="rounded",
     partials="fp32",
-    fp32_dot="ieee",
     bitwise=frozenset({"repeat", "far_rows", "graph", "apart", "empty"}),
 )
