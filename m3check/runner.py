@@ -20,6 +20,7 @@ from m3check.types import (
     Case,
     Evidence,
     Finding,
+    Heat,
     Inputs,
     Kernel,
     M3CheckError,
@@ -160,6 +161,8 @@ class Session:
     """Hears when cross-compilation begins and ends, which stops the clock of a case."""
     judged_on: str = ""
     """The device of references and checks, which then are no invariants; empty: where the kernel ran."""
+    heat: bool = False
+    """Whether a result whose comparisons are red says cell by cell where, for the report."""
 
 
 def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Result:
@@ -192,7 +195,7 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
         if session.evidence == "compiled":
             found = compiled.findings(case, kernel, session.arch, bool(line.invariants), session.compiling)
             return result(*verdict(found), found)
-        findings, sums = _judge(case, kernel, session, line.invariants)
+        findings, sums, heat = _judge(case, kernel, session, line.invariants)
     except compiled.NothingToCompile as error:
         return result(Status.SKIPPED, str(error))
     except KernelRaised as error:
@@ -206,7 +209,7 @@ def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Resul
         return result(Status.INCONCLUSIVE, "; ".join(session.unrepaired), findings)
     if status is Status.PASSED:  # agreed; but would a wrong answer have passed, too?
         status, reason = power.doubt(case, session.device) or (status, reason)
-    return replace(result(status, reason, findings), sums=sums)
+    return replace(result(status, reason, findings), sums=sums, heat=heat)
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[Status, str]:
@@ -224,16 +227,19 @@ class KernelRaised(Exception):
     """A kernel raised instead of answering."""
 
 
-def _judge(case: Case, kernel: Kernel, session: Session, names: Sequence[str]) -> tuple[list[Finding], Sums | None]:
+def _judge(
+    case: Case, kernel: Kernel, session: Session, names: Sequence[str]
+) -> tuple[list[Finding], Sums | None, Heat | None]:
     inputs = cases.make_inputs(case, session.judged_on or session.device)
     run, setting = first_call(kernel, _moved(inputs, session.device) if session.judged_on else inputs, session)
     if session.judged_on:
         names, run = (), _moved(run, session.judged_on)
     judge = Judge(inputs, setting)
     findings = judge(inputs, run)
+    heat = judge.heat() if session.heat and _red(findings) else None
     if names and not _red(findings):  # a result that is red already needs no further cause
         findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
-    return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None
+    return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None, heat
 
 
 def _moved(value: Moved, device: str) -> Moved:
@@ -276,6 +282,7 @@ class Judge:
         self._own = inputs
         self._setting = setting
         self._known: dict[str, tuple[Inputs, Outputs]] = {}
+        self._latest: tuple[Any, ...] = ()
 
     def __call__(self, inputs: Inputs, run: Run) -> list[Finding]:
         """Findings by the rule of dequantisation that the profile promises, or the one that explains the run best."""
@@ -295,11 +302,20 @@ class Judge:
 
             findings = checks.compare(problem, run, expected, setting, attend)
             if best is None or _red(findings) < _red(best):
-                best = findings
+                best, self._latest = findings, (problem, run, expected, setting, attend)
             if not _red(best):
                 break
         assert best is not None
         return best
+
+    def heat(self) -> Heat | None:
+        """Where the run that was judged last is wrong. A picture that cannot be made costs no verdict."""
+        from m3check.checks import heat
+
+        try:
+            return heat.drawn(*self._latest)
+        except Exception:
+            return None
 
     def sums(self, run: Run) -> Sums | None:
         """How a call on the case's own inputs added up, which only ops that multiply say."""

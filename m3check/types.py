@@ -6,6 +6,7 @@ Everything here is frozen and knows nothing of torch at import time, so that `m3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -317,6 +318,49 @@ class Sums:
     """Effective bits: -log2 of the largest |score - s| / Σ|q·k| that was seen; None where no scores tell."""
 
 
+SHADES = "·123456789#"
+"""|error| / limit as one character: up to 1, 2, 4, 8 … 512, more."""
+
+
+def shade(ratio: float) -> str:
+    """One character for |error| / limit: `·` within it, a digit for each doubling, `#` beyond 512, `N` for infinite."""
+    if math.isinf(ratio) or math.isnan(ratio):
+        return "N"
+    if ratio <= 1:
+        return SHADES[0]
+    return SHADES[min(len(SHADES) - 1, 1 + int(math.log2(ratio)))]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A picture in characters: |error| / limit as `shade` has it, where `N` is also a list that is wrong.
+
+    Of a selection's blocks: `=` chosen rightly, `-` left out, `+` taken instead, `±` both, `²` listed twice.
+    """
+
+    rows: str
+    """What a line is: `request, token`, or a kind of head."""
+    columns: str
+    """What a character is: a kind of head, `block` or `channel`."""
+    labels: tuple[str, ...]
+    """Of each line; of its first row where it stands for several."""
+    cells: tuple[str, ...]
+    step: int = 1
+    """Columns in one character, which shows their worst."""
+    count: int = 1
+    """Rows in one line, likewise."""
+    of: str = ""
+    """The request and token that it shows, where it shows one row only."""
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Where an output is wrong: rows × heads, and the worst row in detail."""
+
+    output: str  # score, ids or out
+    maps: tuple[HeatMap, ...]
+
+
 @dataclass(frozen=True)
 class Result:
     """One case on one kernel by one kind of evidence."""
@@ -334,6 +378,8 @@ class Result:
     repro: str = ""
     sums: Sums | None = None
     """On a device, of an op that is not a chain."""
+    heat: Heat | None = None
+    """Where a comparison that failed was wrong."""
 
     def check(self) -> None:
         """Raise AssertionError, with the findings as its message, where the result is red."""

@@ -66,7 +66,9 @@ class Service:
         if command.get("sanitizer"):
             self.log = sanitize.Log(*command["sanitizer"])
         loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
-        self.session = runner.Session(arch, evidence, where, loaded, unrepaired, lambda began: send({"compiling": began}))
+        self.session = runner.Session(
+            arch, evidence, where, loaded, unrepaired, lambda began: send({"compiling": began}), heat=True
+        )
         return {
             "description": loaded.description,
             "warnings": list(loaded.warnings),

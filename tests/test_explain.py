@@ -12,7 +12,6 @@ import torch_kernels
 from m3check import arch, cases, kernels, reference, runner
 from m3check.checks import Setting
 from m3check.explain import Explanation, diagnose, explain, pattern
-from m3check.explain.places import shade
 from m3check.explain.stages import Trouble, stands
 from m3check.explain.text import render
 from m3check.hypotheses.scene import Suspect
@@ -21,7 +20,7 @@ from m3check.kernels.provider import with_chains
 from m3check.mutants import wrappers as w
 from m3check.mutants.sources import wrapped
 from m3check.paging import Run, World
-from m3check.types import Kernel, PlanLine, Profile
+from m3check.types import Kernel, PlanLine, Profile, shade
 
 PROMISES = Profile(dequantise="rounded")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check.explain.pattern import rows_of
 from m3check.explain.stages import Stand
-from m3check.types import BLOCK, Kernel
+from m3check.types import BLOCK, SHADES, Kernel, shade
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,19 +17,7 @@ WORST = 5
 LINES = 16
 """Rows of a heat map at most; what is left out is counted."""
 
-SHADES = "·123456789#"
-"""|error| / limit: up to 1, 2, 4, 8 … 512, more."""
-
 COLOURS = (0, 33, 33, 33, 31, 31, 31, 31, 35, 35, 35)
-
-
-def shade(ratio: float) -> str:
-    """One character for |error| / limit: `·` within it, a digit for each doubling, `#` beyond 512, `N` for infinite."""
-    if math.isinf(ratio) or math.isnan(ratio):
-        return "N"
-    if ratio <= 1:
-        return SHADES[0]
-    return SHADES[min(len(SHADES) - 1, 1 + int(math.log2(ratio)))]
 
 
 def coloured(text: str) -> str:

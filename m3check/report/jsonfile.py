@@ -153,6 +153,21 @@ _WORDS = {
         "seconds": "wall clock of the case, compilation included",
         "repro": "the command that reruns exactly this case on this kernel",
         "sums": "how it added up products, on a device; left out elsewhere, and for chains",
+        "heat": "where a comparison that failed was wrong; left out of every other result",
+    },
+    "Heat": {
+        "output": "score, ids or out: the first that has a cell beyond its limit",
+        "maps": "all rows, and the worst one in detail",
+    },
+    "HeatMap": {
+        "rows": "what a line is: `request, token`, or a kind of head",
+        "columns": "what a character is: a kind of head, block or channel",
+        "labels": "of each line; of its first row where it stands for several",
+        "cells": "· within the limit, 1 … 9 one to nine doublings beyond it, # more, N not finite or a wrong list; "
+        "of a selection's blocks = chosen rightly, - left out, + taken instead, ± both, ² listed twice",
+        "step": "columns in one character, which shows the worst of them",
+        "count": "rows in one line, likewise",
+        "of": "request and token, where only one row is shown",
     },
     "Sums": {
         "by": "the least precise of the matrix instructions that ran, with its fraction bits; or fp32",
@@ -209,9 +224,11 @@ def _lean(result: Result) -> dict[str, Any]:
         findings.append(told)
     axes = {name: value for name, value in result.axes.items() if value != _usual(result.axes).get(name, _MOVED)}
     told = {**_fields(result), "axes": axes, "findings": findings}
-    del told["sums"]
+    del told["sums"], told["heat"]
     if result.sums is not None:
         told["sums"] = {name: value for name, value in _fields(result.sums).items() if value is not None}
+    if result.heat is not None:
+        told["heat"] = result.heat
     return told
 
 
