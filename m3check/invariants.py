@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from m3check.types import BLOCK, OPS, Case, Evidence
+from m3check.types import BLOCK, SPARSE, Case, Evidence
 
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
@@ -125,7 +125,7 @@ CHAINS = frozenset({"prefill", "decode"})
 CACHED = INDEX | ATTEND
 SINGLE = CACHED | {"index_topk"}
 EVERY = SINGLE | CHAINS
-PREFILL = frozenset(name for name, op in OPS.items() if op.phase == "prefill")
+PREFILL = frozenset(name for name, op in SPARSE.items() if op.phase == "prefill")
 DECODE = EVERY - PREFILL
 DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})

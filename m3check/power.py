@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from m3check import cases
 from m3check.hypotheses import HYPOTHESES, Side, State, touching
-from m3check.types import BLOCK, OPS, Case, Inputs, M3CheckError, Outputs, Profile, Result, Status
+from m3check.types import BLOCK, OPS, SPARSE, Case, Inputs, M3CheckError, Outputs, Profile, Result, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +113,8 @@ def known(case: Case) -> Mapping[str, State] | None:
 
 def doubt(case: Case, device: str = "cpu") -> tuple[Status, str] | None:
     """What is to be said of a case that agreed: that it could not have failed, or saw nothing; None where it is sound."""
+    if not touching(case.op):
+        return None
     found = known(case)
     listed = replace(case, seed=0) in cases.tier("full")
     if found is None and not listed and work(case) <= LARGEST:  # a tier has its time to keep
@@ -142,6 +144,8 @@ def summary(results: Iterable[Result]) -> dict[str, Any]:
     counts: dict[str, list[int]] = {}
     listed = unlisted = 0
     for case in dict.fromkeys(result.case for result in results if result.status is not Status.SKIPPED):
+        if not touching(case.partition("/")[0]):
+            continue
         found = known(cases.parse_id(case))
         listed, unlisted = listed + (found is not None), unlisted + (found is None)
         for name, word in (found or {}).items():
@@ -168,8 +172,8 @@ def main() -> int:
     parser.add_argument("--tier", default="ci", help="the tier that is to be complete (default: ci)")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     arguments = parser.parse_args()
-    wanted = [cases.case_id(case) for case in cases.tier(arguments.tier)]
-    names = {op: [h.name for h in touching(op)] for op in OPS}
+    wanted = [cases.case_id(case) for case in cases.tier(arguments.tier) if touching(case.op)]
+    names = {op: [h.name for h in touching(op)] for op in SPARSE}
     done = {} if arguments.all else _kept(names)
     due = sorted((case for case in wanted if case not in done), key=lambda text: work(cases.parse_id(text)))
     with ProcessPoolExecutor(arguments.jobs) as pool:
@@ -189,7 +193,7 @@ def _kept(names: Mapping[str, list[str]]) -> dict[str, str]:
     if not PATH.exists():
         return {}
     data = json.loads(PATH.read_text(encoding="utf-8"))
-    same = {op for op in OPS if data["hypotheses"].get(op) == names[op]}
+    same = {op for op in SPARSE if data["hypotheses"].get(op) == names[op]}
     return {case: marks for case, marks in data["cases"].items() if case.partition("/")[0] in same}
 
 

@@ -68,7 +68,7 @@ def _carried_out(run: str, trial: Trial) -> list[Finding]:
 
 def _tried(trial: Trial, name: str, carry_out: Callable[[], list[Finding]]) -> list[Finding]:
     """The findings of one invariant; a kernel that raises on a changed call, or misuses memory in it, does not hold it."""
-    from m3check.kernels.contract import BrokenContract
+    from m3check.kernels.calls import BrokenContract
     from m3check.runner import KernelRaised
 
     trial.misuse = None

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BLOCK = 128
@@ -68,6 +69,7 @@ class Op:
     outputs: tuple[str, ...]  # of "score" [H, T, K], "ids" [H, T, topk], "out" [T, Hq, D]
     summary: str
     chain: tuple[str, ...] = ()  # the ops that a chain runs, in order
+    family: str = "sparse"  # the ops that share inputs, fields of Case and calling conventions (CONTRIBUTING: an op family)
 
 
 OPS: Mapping[str, Op] = {
@@ -89,6 +91,9 @@ OPS: Mapping[str, Op] = {
         Op("decode", "decode", ("ids", "out"), "score and select, attend", ("index_decode", "sparse_attn_decode")),
     )
 }
+
+SPARSE: Mapping[str, Op] = {name: op for name, op in OPS.items() if op.family == "sparse"}
+"""The ops of block-sparse attention. What only makes sense of blocks, lists of blocks and chains goes over these."""
 
 DTYPES: Mapping[str, str] = {  # the word in ids and reports: the attribute of torch
     "bf16": "bfloat16",
@@ -246,6 +251,14 @@ class Inputs:
     k_scale: Tensor | None = None  # [] or [N, Hkv]  fp32
     v_scale: Tensor | None = None  # [] or [N, Hkv]  fp32
     topk_idx: Tensor | None = None  # [H, T, topk]    int32, logical block ids, the input of attention
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    """What ops of other families read, by the names that their file in cases/families tells."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        held = (self.idx_q, self.q, self.scores, *self.more.values())
+        return next(tensor for tensor in held if tensor is not None).device
 
 
 Outputs = Mapping[str, "Tensor"]

@@ -12,7 +12,7 @@ import torch
 
 from m3check import cases, kernels, reference
 from m3check.arch import ARCHS
-from m3check.kernels import contract
+from m3check.kernels import calls, contract
 from m3check.kernels.provider import Loaded
 from m3check.types import OPS, Case, Kernel, M3CheckError, Profile
 
@@ -219,8 +219,9 @@ def test_our_own_kernels_load_for_every_target():
 
 
 def test_every_parameter_of_an_op_has_its_meaning_written_down():
-    used = {name for parameters, _ in contract.SIGNATURES.values() for name in parameters}
-    assert used == set(contract.PARAMETERS), "a parameter without a meaning, or a meaning without a parameter"
+    for family in calls.FAMILIES.values():
+        used = {name for parameters, _ in family.signatures.values() for name in parameters}
+        assert used == set(family.parameters), "a parameter without a meaning, or a meaning without a parameter"
 
 
 def test_planning_imports_no_library_of_kernels(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m3check.cases import families
 from m3check.cases.validity import reads_main_cache
 from m3check.types import OPS, Case
 
@@ -37,6 +38,9 @@ class Estimate:
 
 def case_cost(case: Case) -> Estimate:
     """Estimate a case from its figures alone."""
+    family = families.of(case.op)
+    if family is not None:
+        return family.estimate(case)
     ops = OPS[case.op].chain or (case.op,)
     steps = sum(_seconds(case, op) for op in ops)
     width = case.head_dim * (2 * case.kv_heads if reads_main_cache(case.op) else 1)

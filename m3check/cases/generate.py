@@ -6,10 +6,11 @@ the table look-up runs there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from m3check.cases import families
 from m3check.cases.fills import FILLS, Draw, index_dtypes
 from m3check.cases.ident import case_id
 from m3check.cases.selections import SELECTIONS, visible_blocks
@@ -26,7 +27,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
 
     Lists may be ragged, rows dead, and scales distinct per token and head; sm_scale is head_dim ** -0.5.
     """
-    if case.op not in OPS or case.fill not in FILLS or case.ids not in SELECTIONS:
+    family = families.of(case.op) if case.op in OPS else None
+    if case.op not in OPS or case.fill not in FILLS or case.ids not in (*SELECTIONS, *(family.ids if family else ())):
         from m3check.cases.validity import validate
 
         validate(case)
@@ -37,7 +39,10 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     def draw(role: str, shape: tuple[int, ...], dtype: str) -> Tensor:
         return FILLS[case.fill].make(Draw(case, role, shape, dtype, device, Stream(f"{name}#{role}")))
 
-    tensors: dict[str, Tensor | None] = {}
+    if family is not None:
+        made: dict[str, Any] = {"sm_scale": dim**-0.5, **family.make(case, draw, device)}
+        return Inputs(case, **made)
+    tensors: dict[str, Any] = {}
     chain = bool(OPS[case.op].chain)
     if case.op == "index_topk":
         tensors["scores"] = _hide(draw("scores", (heads, queries, case.block_columns), "fp32"), case)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from m3check.cases import families
 from m3check.cases.ident import case_id, parse_id
 from m3check.types import OPS, Case, M3CheckError
 
@@ -47,8 +48,14 @@ def _tier(name: str) -> tuple[Case, ...]:
     if name == "production":
         from m3check.cases.production import production
 
-        return production()
-    return tuple(sorted(dict.fromkeys(listed_cases(*LISTS[name])), key=lambda case: tuple(OPS).index(case.op)))
+        return (*production(), *_of_families(["production"]))
+    cases = [*listed_cases(*LISTS[name]), *_of_families(tuple(LISTS)[: tuple(LISTS).index(name) + 1])]
+    return tuple(sorted(dict.fromkeys(cases), key=lambda case: tuple(OPS).index(case.op)))
+
+
+def _of_families(tiers: Iterable[str]) -> list[Case]:
+    """What other families than block-sparse attention add to some tiers."""
+    return [parse_id(line) for tier in tiers for line in families.listed(tier)]
 
 
 def listed(name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from m3check.cases import families
 from m3check.types import DTYPES, OPS, Case, M3CheckError
 
 SCALES = ("none", "scalar", "token")
@@ -22,7 +23,7 @@ def _fills() -> tuple[str, ...]:
 def _selections() -> tuple[str, ...]:
     from m3check.cases.selections import SELECTIONS
 
-    return tuple(SELECTIONS)
+    return (*SELECTIONS, *families.ids())
 
 
 KNOWN: Mapping[str, Callable[[], tuple[str, ...]]] = {
@@ -40,7 +41,7 @@ _KEYS = frozenset({"head_dim", "dtype", "cache_dtype"})
 _ATTENTION = _KEYS | {"gqa", "scales", "topk"}
 _FORCING = frozenset({"init_blocks", "local_blocks"})
 
-READS: Mapping[str, frozenset[str]] = {  # the fields that an op's inputs or its result depend on, lengths apart
+READS: Mapping[str, frozenset[str]] = {  # the fields that a block-sparse op's inputs or its result depend on, lengths apart
     "index_score": _COMMON | _KEYS,
     "index_topk": _COMMON | _FORCING | {"topk"},
     "index_decode_score": _COMMON | _KEYS | _FORCING | {"max_query_len"},
@@ -67,7 +68,12 @@ def complaint(case: Case) -> str | None:
     for field, known in KNOWN.items():
         if getattr(case, field) not in known():
             return f"unknown {field} {getattr(case, field)!r}; known: {', '.join(known())}"
-    return _numbers(case) or _lengths(case) or _unread(case) or _dtypes(case) or _fill(case)
+    family = families.of(case.op)
+    if family is not None:
+        return _numbers(case) or _lengths(case) or _unread(case, family.reads[case.op]) or family.complaint(case)
+    if case.ids in families.ids():
+        return f"{case.op} has no ids={case.ids}"
+    return _numbers(case) or _lengths(case) or _unread(case, READS[case.op]) or _dtypes(case) or _fill(case)
 
 
 def validate(case: Case) -> None:
@@ -113,20 +119,20 @@ def _lengths(case: Case) -> str | None:
     return None
 
 
-def _unread(case: Case) -> str | None:
+def _unread(case: Case, reads: frozenset[str]) -> str | None:
     from m3check.cases.ident import DEFAULTS, WORDS
 
     for word, field in WORDS.items():
-        if field in DEFAULTS and field not in READS[case.op] and getattr(case, field) != DEFAULTS[field]:
+        if field in DEFAULTS and field not in reads and getattr(case, field) != DEFAULTS[field]:
             return f"{case.op} does not read {word} ({field}), so it must be left out; got {getattr(case, field)}"
-    if case.layout == "nhd" and not reads_main_cache(case.op):
+    if case.layout == "nhd" and case.op in READS and not reads_main_cache(case.op):
         return "layout=nhd orders the heads of the main cache, and the index cache has one head; known here: hnd, pool"
     return None
 
 
 def reads_main_cache(op: str) -> bool:
     """Whether an op attends, alone or at the end of a chain."""
-    return "gqa" in READS[op]
+    return op in READS and "gqa" in READS[op]
 
 
 def _fill(case: Case) -> str | None:

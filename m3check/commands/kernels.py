@@ -39,17 +39,22 @@ def installed(distribution: str) -> str:
 
 def signatures() -> str:
     """The functions of a user's file as Python stubs, every parameter explained once."""
-    from m3check.kernels.contract import OPTIONAL, PARAMETERS, SIGNATURES
+    from m3check.kernels.calls import FAMILIES
     from m3check.types import OPS
 
     lines = ["# Functions named like the ops, called with these keywords; those marked ~ need not be taken.", ""]
-    for op, (parameters, returns) in SIGNATURES.items():
+    for family in FAMILIES.values():
+        for op, (parameters, returns) in family.signatures.items():
+            lines += [
+                f"# {OPS[op].summary}",
+                *textwrap.wrap(f"def {op}(*, {', '.join(parameters)}):", 100, subsequent_indent=" " * 8),
+            ]
+            lines += [f'    """Returns {returns}."""', ""]
+        lines.append(f"# {family.letters}")
+        width = max(len(name) for name in family.parameters)
         lines += [
-            f"# {OPS[op].summary}",
-            *textwrap.wrap(f"def {op}(*, {', '.join(parameters)}):", 100, subsequent_indent=" " * 8),
+            f"# {'~' if name in family.optional else ' '} {name:<{width}}  {text}"
+            for name, text in family.parameters.items()
         ]
-        lines += [f'    """Returns {returns}."""', ""]
-    lines.append("# H index heads = KV heads, T query tokens, R requests, K block columns, D head_dim")
-    width = max(len(name) for name in PARAMETERS)
-    lines += [f"# {'~' if name in OPTIONAL else ' '} {name:<{width}}  {text}" for name, text in PARAMETERS.items()]
-    return "\n".join(lines)
+        lines.append("")
+    return "\n".join(lines[:-1])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from m3check import cases, invariants
-from m3check.types import OPS, Case, Finding, Inputs, Kernel, M3CheckError, PlanLine, Status
+from m3check.types import OPS, SPARSE, Case, Finding, Inputs, Kernel, M3CheckError, PlanLine, Status
 
 if TYPE_CHECKING:
     from m3check.explain.stages import Stand, Trouble
@@ -69,6 +69,11 @@ def explain(
     refusal = session.loaded.refuses(case)
     if kernel is None or refusal is not None:
         raise M3CheckError(refusal or f"{line.provider} has no {case.op}")
+    if case.op not in SPARSE:
+        raise M3CheckError(
+            f"m3check explain knows the stages of block-sparse ops only, not of {case.op}; m3check run --case "
+            f"{line.case} tells what its checks find, and m3check shrink makes the case smaller"
+        )
     inputs = cases.make_inputs(case, session.device)
     told("calling the kernel")
     try:

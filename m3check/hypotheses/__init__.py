@@ -98,8 +98,8 @@ ONLY: Mapping[str, Callable[[str], bool]] = {  # hypotheses that need more of an
 
 
 def touching(op: str) -> tuple[Hypothesis, ...]:
-    """The hypotheses that an op may fall for, in the order of HYPOTHESES."""
-    return tuple(h for h in HYPOTHESES if h.stage in STAGES[op] and ONLY.get(h.name, bool)(op))
+    """The hypotheses that an op may fall for, in the order of HYPOTHESES; none are known of other families' ops."""
+    return tuple(h for h in HYPOTHESES if h.stage in STAGES.get(op, ()) and ONLY.get(h.name, bool)(op))
 
 
 def named(name: str) -> Hypothesis:

@@ -69,7 +69,9 @@ def expected(inputs: Inputs, dtype: torch.dtype = torch.float64) -> Outputs:
 
 
 def _read(inputs: Inputs, name: str) -> Any:
-    """A field of the inputs or of their case."""
+    """A field of the inputs, `more` of them included, or of their case."""
+    if name in inputs.more:
+        return inputs.more[name]
     value = getattr(inputs, name) if hasattr(inputs, name) else getattr(inputs.case, name)
     if value is None:
         raise M3CheckError(f"{inputs.case.op} reads {name}, which these inputs lack")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from m3check.checks.invariants.trial import coarsest
+from m3check.checks.outputs import OUTPUTS
 from m3check.paging import Run, words
 from m3check.types import Inputs, Request, blocks
 
@@ -45,7 +46,7 @@ def assembled(inputs: Inputs, parts: Sequence[Part], **fields: Any) -> tuple[Inp
         kv_lens=tuple(part.kv_len for part in parts),
         **fields,
     )
-    device = next(t for t in (inputs.idx_q, inputs.q, inputs.scores) if t is not None).device
+    device = inputs.device
     rows = _joined([range(p.request.query_start + p.start, p.request.query_start + p.stop) for p in parts], device)
     tokens = _joined([range(p.request.kv_start, p.request.kv_start + p.kv_len) for p in parts], device)
 
@@ -84,7 +85,7 @@ def _joined(ranges: Sequence[range], device: torch.device) -> Tensor:
 def put_back(first: Mapping[str, Tensor], runs: Sequence[tuple[Run, Tensor]]) -> Run:
     """The outputs of some regrouped runs at the rows that they came from; rows below 0 belong to nobody.
 
-    Scores of fewer blocks are filled up with NaN: those blocks are invisible to the rows.
+    Scores of fewer columns are filled up as `OUTPUTS` says: those columns are invisible to the rows.
     """
     outputs = {name: tensor.clone() for name, tensor in first.items()}
     total = Run(outputs, arithmetic=coarsest([run for run, _ in runs]))
@@ -96,10 +97,11 @@ def put_back(first: Mapping[str, Tensor], runs: Sequence[tuple[Run, Tensor]]) ->
         for name, tensor in run.outputs.items():
             if name not in outputs:
                 continue
-            dim = 0 if name == "out" else 1
+            output = OUTPUTS[name]
+            dim = output.rows
             part = tensor.index_select(dim, there).to(outputs[name].dtype)
-            if name == "score":
-                missing = outputs[name].shape[2] - part.shape[2]
-                part = torch.nn.functional.pad(part, (0, missing), value=float("nan"))
+            if output.fill is not None:
+                missing = outputs[name].shape[-1] - part.shape[-1]
+                part = torch.nn.functional.pad(part, (0, missing), value=output.fill)
             outputs[name].index_copy_(dim, to, part)
     return total

@@ -7,13 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from m3check.arch import Arithmetic
 from m3check.checks import integrity
-from m3check.checks.rowkinds import dead_rows, promised_rows
-from m3check.checks.scores import visible_cells
+from m3check.checks.outputs import OUTPUTS
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.paging import Run, World, words
@@ -135,16 +133,7 @@ def damage(run: Run) -> Finding | None:
 
 def promised(view: View) -> dict[str, Tensor]:
     """The cells of each output that its kernel owns and makes promises about, as masks that broadcast."""
-    cells: dict[str, Tensor] = {}
-    if "score" in view.run.outputs:
-        cells["score"] = visible_cells(view)  # [T, K]
-    if "ids" in view.run.outputs:
-        cells["ids"] = torch.ones(view.case.total_queries, 1, dtype=torch.bool, device=view.device)
-    if "out" in view.run.outputs:
-        dead = dead_rows(view)
-        rows = promised_rows(view) & (~dead | (view.setting.profile.dead_rows == "zero"))
-        cells["out"] = rows.repeat_interleave(view.case.gqa, dim=1)[..., None]  # [T, Hq, 1]
-    return cells
+    return {name: output.promised(view) for name, output in OUTPUTS.items() if name in view.run.outputs}
 
 
 def compared(view: View, name: str, mask: Tensor, rows: Tensor | None) -> Tensor:
@@ -153,7 +142,7 @@ def compared(view: View, name: str, mask: Tensor, rows: Tensor | None) -> Tensor
     mask = mask.expand(shape)
     if rows is None:
         return mask
-    return mask & (rows[:, None, None] if name == "out" else rows[None, :, None])
+    return mask & rows.view([-1 if dim == OUTPUTS[name].rows else 1 for dim in range(len(shape))])
 
 
 def difference(
@@ -178,10 +167,8 @@ def difference(
 
 def _where(view: View, name: str, place: tuple[int, ...]) -> str:
     """A cell of an output in the words of a user."""
-    if name == "out":
-        return f"`out` of {view.rows.name(place[0])}, query head {place[1]}, channel {place[2]}"
-    inner = "block" if name == "score" else "slot"
-    return f"`{name}` of {view.rows.name(place[1])}, index head {place[0]}, {inner} {place[2]}"
+    output = OUTPUTS[name]
+    return f"`{name}` of {view.rows.name(place[output.rows])}, {output.place.format(*place)}"
 
 
 def merged(

@@ -1,0 +1,43 @@
+"""The outputs of ops as invariants compare them: which dimension counts query tokens, and which cells a kernel promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m3check.checks.rowkinds import dead_rows, promised_rows
+from m3check.checks.scores import visible_cells
+from m3check.checks.view import View
+
+
+@dataclass(frozen=True)
+class Output:
+    """One output."""
+
+    rows: int
+    """Which of its dimensions counts the query tokens."""
+    promised: Callable[[View], Tensor]
+    """Bool that broadcasts to it: cells that the kernel owns and makes promises about."""
+    place: str
+    """The other dimensions of a cell in words, with {0}, {1}, {2} for its indices."""
+    fill: float | None = None
+    """What stands for columns that a regrouped result lacks; None where it has as many."""
+
+
+def _every(view: View) -> Tensor:
+    return torch.ones(1, dtype=torch.bool, device=view.device)
+
+
+def _attended(view: View) -> Tensor:
+    rows = promised_rows(view) & (~dead_rows(view) | (view.setting.profile.dead_rows == "zero"))
+    return rows.repeat_interleave(view.case.gqa, dim=1)[..., None]  # [T, Hq, 1]
+
+
+OUTPUTS: Mapping[str, Output] = {
+    "score": Output(1, visible_cells, "index head {0}, block {2}", float("nan")),  # missing blocks are invisible
+    "ids": Output(1, _every, "index head {0}, slot {2}"),
+    "out": Output(0, _attended, "query head {1}, channel {2}"),
+}
