@@ -86,7 +86,7 @@ def test_a_path_without_the_kernels_says_what_is_wanted(tmp_path):
 def test_a_published_version_is_loaded_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("M3CHECK_CACHE", str(tmp_path))
     path = fake_vllm.wheel(tmp_path / "index", "0.99.0", fake_vllm.files(mark=5.0))
-    monkeypatch.setattr(wheels, "_fetch", lambda _version, target, _warnings: wheelfile.extract_wheel(path, target))
+    monkeypatch.setattr(wheels, "_fetch", lambda project, _, target, __: wheelfile.extract_wheel(project, path, target))
     warnings = kernels.prepare(kernels.parse_spec("vllm==0.99.0"))
     loaded = load("vllm==0.99.0")
     assert mark(loaded) == 5.0

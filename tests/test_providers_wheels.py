@@ -16,6 +16,7 @@ import pytest
 
 from m3check.kernels import pip as pip_module
 from m3check.kernels import wheelfile, wheels
+from m3check.kernels.project import VLLM
 from m3check.types import M3CheckError
 
 VERSION = "0.99.0"
@@ -33,7 +34,7 @@ def index(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(pip_module, "address", lambda version: (folder / fake_vllm.wheel_name(version)).as_uri())
+    monkeypatch.setattr(pip_module, "address", lambda _project, version: (folder / fake_vllm.wheel_name(version)).as_uri())
     return folder
 
 
@@ -56,7 +57,7 @@ def without_network(monkeypatch):
 
 def test_only_the_kernel_files_are_taken_and_checked(index, pip):
     fake_vllm.wheel(index, VERSION, {**fake_vllm.files(), "vllm/other.py": "x", "other/vllm.py": "x"})
-    files = wheels.published(VERSION)
+    files = wheels.published(VLLM, VERSION)
     assert files.version == VERSION
     assert dict(files.hashes) == known(fake_vllm.files())
     on_disk = {p.relative_to(files.folder).as_posix() for p in files.folder.rglob("*") if p.is_file()}
@@ -66,28 +67,28 @@ def test_only_the_kernel_files_are_taken_and_checked(index, pip):
 
 def test_a_version_without_shipped_hashes_is_said_and_one_with_them_is_not(index, monkeypatch):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
-    assert "RECORD only" in wheels.published(VERSION).warnings[0]
-    monkeypatch.setattr(wheelfile, "known_versions", lambda: {VERSION: known(fake_vllm.files())})
-    assert wheels.published(VERSION).warnings == ()
+    assert "RECORD only" in wheels.published(VLLM, VERSION).warnings[0]
+    monkeypatch.setattr(wheelfile, "known_versions", lambda _project: {VERSION: known(fake_vllm.files())})
+    assert wheels.published(VLLM, VERSION).warnings == ()
 
 
 def test_a_short_version_is_told_by_its_full_name(index, pip):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
-    assert wheels.published("0.99").version == VERSION
+    assert wheels.published(VLLM, "0.99").version == VERSION
 
 
 def test_the_cache_serves_offline_without_connecting(index, monkeypatch):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
-    first = wheels.published(VERSION)
+    first = wheels.published(VLLM, VERSION)
     without_network(monkeypatch)
-    assert wheels.published(VERSION, offline=True).hashes == first.hashes
-    assert wheels.published(VERSION).hashes == first.hashes
+    assert wheels.published(VLLM, VERSION, offline=True).hashes == first.hashes
+    assert wheels.published(VLLM, VERSION).hashes == first.hashes
 
 
 def test_offline_with_an_empty_cache_is_a_sentence(monkeypatch):
     without_network(monkeypatch)
     with pytest.raises(M3CheckError, match=r"not in the cache .*--offline forbids .*cached: none"):
-        wheels.published(VERSION, offline=True)
+        wheels.published(VLLM, VERSION, offline=True)
 
 
 # What must be refused.
@@ -98,15 +99,15 @@ def test_a_member_that_is_not_what_record_says_is_refused_and_not_cached(index):
     path = f"{fake_vllm.OPS}/index_topk.py"
     fake_vllm.wheel(index, VERSION, {**honest, path: honest[path] + "\n# and more"}, recorded=honest)
     with pytest.raises(M3CheckError, match=r"index_topk\.py is not what vllm 0\.99\.0's RECORD says"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
     assert list(wheels.cache_folder().iterdir()) == []
 
 
 def test_a_known_version_with_other_files_is_refused_even_when_record_agrees(index, monkeypatch):
     fake_vllm.wheel(index, VERSION, fake_vllm.files(mark=2.0))
-    monkeypatch.setattr(wheelfile, "known_versions", lambda: {VERSION: known(fake_vllm.files(mark=1.0))})
+    monkeypatch.setattr(wheelfile, "known_versions", lambda _project: {VERSION: known(fake_vllm.files(mark=1.0))})
     with pytest.raises(M3CheckError, match=r"not the file that vllm 0\.99\.0 was published with"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
     assert list(wheels.cache_folder().iterdir()) == []
 
 
@@ -114,49 +115,49 @@ def test_a_known_version_with_other_files_is_refused_even_when_record_agrees(ind
 def test_a_member_outside_its_folder_is_refused(index, path, tmp_path):
     fake_vllm.wheel(index, VERSION, {**fake_vllm.files(), path: "evil = True"})
     with pytest.raises(M3CheckError, match="outside its folder"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
     assert not list(tmp_path.rglob("evil.py"))
 
 
 def test_a_record_that_names_a_place_outside_is_refused(index):
     fake_vllm.wheel(index, VERSION, fake_vllm.files(), recorded={TREE + "../../evil.py": "x"})
     with pytest.raises(M3CheckError, match="outside its folder"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
 
 
 def test_a_file_that_record_has_and_the_wheel_has_not_is_refused(index):
     fake_vllm.wheel(index, VERSION, fake_vllm.files(), recorded={TREE + "more.py": "x"})
     with pytest.raises(M3CheckError, match=r"lacks vllm/models/minimax_m3/more\.py"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
 
 
 def test_a_wheel_without_record_is_refused(index):
     path = fake_vllm.wheel(index, VERSION, fake_vllm.files(), record=False)
     with pytest.raises(M3CheckError, match="has no RECORD"):
-        wheels.unpacked(path)
+        wheels.unpacked(VLLM, path)
 
 
 def test_a_huge_member_is_refused(index):
     fake_vllm.wheel(index, VERSION, {**fake_vllm.files(), TREE + "big.py": "#" * (wheelfile.LARGEST_FILE + 1)})
     with pytest.raises(M3CheckError, match=r"big\.py claims \d+ bytes"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
 
 
 def test_a_wheel_without_the_kernels_lists_the_versions_that_have_them(index):
     fake_vllm.wheel(index, "0.23.0", {"vllm/__init__.py": ""})
     with pytest.raises(M3CheckError, match=r"no MiniMax-M3 kernels.*0\.24\.0, 0\.25\.0.*0\.33\.0"):
-        wheels.published("0.23.0")
+        wheels.published(VLLM, "0.23.0")
 
 
 def test_an_unknown_version_lists_the_versions_there_are(index, pip):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
     with pytest.raises(M3CheckError, match=r"there is no vllm 0\.98\.0; .*0\.33\.0, 0\.99\.0"):
-        wheels.published("0.98.0")
+        wheels.published(VLLM, "0.98.0")
 
 
 def test_an_index_that_does_not_answer_is_a_sentence(pip):
     with pytest.raises(M3CheckError, match=r"pip could not find vllm==0\.99\.0 \(is the network reachable\?\)"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
 
 
 def test_a_file_that_is_no_wheel_is_refused(tmp_path):
@@ -166,7 +167,7 @@ def test_a_file_that_is_no_wheel_is_refused(tmp_path):
     ):
         (tmp_path / name).write_text("no zip")
         with pytest.raises(M3CheckError, match=words):
-            wheels.unpacked(tmp_path / name)
+            wheels.unpacked(VLLM, tmp_path / name)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -175,7 +176,7 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(index, tmp_path, monkeypat
     (tmp_path / "sealed").mkdir(mode=0o500)
     monkeypatch.setenv("M3CHECK_CACHE", str(tmp_path / "sealed"))
     with pytest.raises(M3CheckError, match=r"cannot write to the cache .*set M3CHECK_CACHE"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
 
 
 def test_a_cache_that_is_a_file_is_a_sentence(index, tmp_path, monkeypatch):
@@ -183,7 +184,7 @@ def test_a_cache_that_is_a_file_is_a_sentence(index, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("M3CHECK_CACHE", str(tmp_path / "file"))
     with pytest.raises(M3CheckError, match=r"cannot write to the cache .*set M3CHECK_CACHE"):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
 
 
 # The cache under change and competition.
@@ -191,35 +192,35 @@ def test_a_cache_that_is_a_file_is_a_sentence(index, tmp_path, monkeypatch):
 
 def test_a_cached_file_that_changed_is_fetched_anew_and_refused_offline(index):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
-    files = wheels.published(VERSION)
+    files = wheels.published(VLLM, VERSION)
     changed = files.folder / fake_vllm.OPS / "sparse_attn.py"
     changed.write_text("evil = True")
     with pytest.raises(M3CheckError, match=r"sparse_attn\.py is not what"):
-        wheels.published(VERSION, offline=True)
-    again = wheels.published(VERSION)
+        wheels.published(VLLM, VERSION, offline=True)
+    again = wheels.published(VLLM, VERSION)
     assert "fetched anew" in again.warnings[0]
     assert changed.read_text() == fake_vllm.files()[f"{fake_vllm.OPS}/sparse_attn.py"]
 
 
 def test_a_file_added_to_the_cache_is_seen(index):
     fake_vllm.wheel(index, VERSION, fake_vllm.files())
-    files = wheels.published(VERSION)
+    files = wheels.published(VLLM, VERSION)
     (files.folder / fake_vllm.OPS / "added.py").write_text("evil = True")
     with pytest.raises(M3CheckError, match=r"added\.py is not what"):
-        wheels.published(VERSION, offline=True)
+        wheels.published(VLLM, VERSION, offline=True)
 
 
 def test_two_at_once_leave_one_whole_copy(index, monkeypatch):
     path = fake_vllm.wheel(index, VERSION, fake_vllm.files())
     together = threading.Barrier(2, timeout=20)
 
-    def fetch(_version, target, _warnings):
-        wheelfile.extract_wheel(path, target)
+    def fetch(_project, _version, target, _warnings):
+        wheelfile.extract_wheel(VLLM, path, target)
         together.wait()
 
     monkeypatch.setattr(wheels, "_fetch", fetch)
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: wheels.published(VERSION), range(2))
+        first, second = pool.map(lambda _: wheels.published(VLLM, VERSION), range(2))
     assert first.folder == second.folder
     assert first.hashes == second.hashes == known(fake_vllm.files())
     assert [p.name for p in wheels.cache_folder().iterdir()] == [f"vllm-{VERSION}"]
@@ -228,24 +229,24 @@ def test_two_at_once_leave_one_whole_copy(index, monkeypatch):
 def test_a_fetch_that_breaks_off_leaves_nothing(index, monkeypatch):
     path = fake_vllm.wheel(index, VERSION, fake_vllm.files())
 
-    def fetch(_version, target, _warnings):
-        wheelfile.extract_wheel(path, target)
+    def fetch(_project, _version, target, _warnings):
+        wheelfile.extract_wheel(VLLM, path, target)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(wheels, "_fetch", fetch)
     with pytest.raises(KeyboardInterrupt):
-        wheels.published(VERSION)
+        wheels.published(VLLM, VERSION)
     assert list(wheels.cache_folder().iterdir()) == []
 
 
 def test_a_users_wheel_may_differ_from_the_published_one_and_says_so(tmp_path, monkeypatch):
     path = fake_vllm.wheel(tmp_path / "mine", VERSION, fake_vllm.files(mark=2.0))
-    monkeypatch.setattr(wheelfile, "known_versions", lambda: {VERSION: known(fake_vllm.files(mark=1.0))})
-    files = wheels.unpacked(path)
+    monkeypatch.setattr(wheelfile, "known_versions", lambda _project: {VERSION: known(fake_vllm.files(mark=1.0))})
+    files = wheels.unpacked(VLLM, path)
     assert "is not the published vllm 0.99.0: 1 kernel file(s) differ" in files.warnings[0]
-    assert wheels.unpacked(path).folder == files.folder
+    assert wheels.unpacked(VLLM, path).folder == files.folder
     shutil.copy(fake_vllm.wheel(tmp_path / "other", VERSION, fake_vllm.files(mark=3.0)), path)
-    assert wheels.unpacked(path).folder != files.folder
+    assert wheels.unpacked(VLLM, path).folder != files.folder
 
 
 # Over HTTP: a server on this machine, with and without range requests.
@@ -293,7 +294,7 @@ def test_a_wheel_is_read_in_parts_where_the_server_can_and_whole_where_it_cannot
     path = fake_vllm.wheel(index, VERSION, fake_vllm.files())
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("vllm/_C.so", os.urandom(1 << 20))
-    files = wheels.published(VERSION)
+    files = wheels.published(VLLM, VERSION)
     assert dict(files.hashes) == known(fake_vllm.files())
     whole = any("the whole wheel was downloaded" in warning for warning in files.warnings)
     assert whole is not server.ranges
@@ -305,19 +306,19 @@ def test_a_wheel_is_read_in_parts_where_the_server_can_and_whole_where_it_cannot
 
 
 def test_the_shipped_hashes_are_of_the_published_versions():
-    versions = wheelfile.known_versions()
+    versions = wheelfile.known_versions(VLLM)
     assert list(versions) == ["0.24.0", "0.25.0", "0.25.1", "0.26.0", "0.27.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0",
                               "0.31.0", "0.32.0", "0.33.0"]  # fmt: skip
     for hashes in versions.values():
         assert {f"{fake_vllm.OPS}/{name}.py" for name in ("index_topk", "sparse_attn")} <= set(hashes)
-        assert all(path.startswith(wheelfile.WANTED) and len(digest) == 64 for path, digest in hashes.items())
+        assert all(path.startswith(VLLM.wanted) and len(digest) == 64 for path, digest in hashes.items())
 
 
 @pytest.mark.network
 def test_the_published_0_33_0_is_what_m3check_ships_hashes_of(pip, monkeypatch):
     for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
         monkeypatch.delenv(name)
-    files = wheels.published("0.33.0")
-    assert dict(files.hashes) == wheelfile.known_versions()["0.33.0"]
+    files = wheels.published(VLLM, "0.33.0")
+    assert dict(files.hashes) == wheelfile.known_versions(VLLM)["0.33.0"]
     assert files.warnings == ()
-    assert wheels.published("0.33.0", offline=True).hashes == files.hashes
+    assert wheels.published(VLLM, "0.33.0", offline=True).hashes == files.hashes

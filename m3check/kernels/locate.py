@@ -1,4 +1,4 @@
-"""Where vLLM's kernel files are: installed, in the cache of published wheels, in a wheel file, or in a folder."""
+"""Where a project's kernel files are: installed, in the cache of published wheels, in a wheel file, or in a folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.kernels import wheels
+from m3check.kernels.project import VLLM, Project
 from m3check.kernels.provider import Spec
 from m3check.types import M3CheckError
 
-TREE = "vllm/models/minimax_m3"
+TREE = VLLM.trees[0]
 
 
 @dataclass(frozen=True)
@@ -20,59 +21,65 @@ class Source:
     """Kernel files on disk."""
 
     folder: Path
-    """Holds `vllm/…`."""
+    """Holds the package's folder, `vllm/…`."""
     version: str
     origin: str
     warnings: tuple[str, ...] = ()
 
 
-def locate(spec: Spec, offline: bool) -> Source:
+def locate(spec: Spec, offline: bool, project: Project = VLLM) -> Source:
     """The kernel files that a spec names."""
     if spec.version:
-        files = wheels.published(spec.version, offline)
+        files = wheels.published(project, spec.version, offline)
         return Source(files.folder, files.version, "published wheel", files.warnings)
     if spec.path:
-        return _at(Path(spec.path))
-    return _installed()
+        return _at(project, Path(spec.path))
+    return _installed(project)
 
 
-def _installed() -> Source:
-    found = importlib.util.find_spec("vllm")
+def _installed(project: Project) -> Source:
+    name = project.name
+    found = importlib.util.find_spec(name)
     folders = list(found.submodule_search_locations or []) if found else []
     for folder in folders:
-        if Path(folder).joinpath(*TREE.split("/")[1:]).is_dir():
-            return Source(Path(folder).parent, importlib.metadata.version("vllm"), "installed")
+        if _has_kernels(project, Path(folder).parent):
+            return Source(Path(folder).parent, importlib.metadata.version(name), "installed")
     if folders:
-        version = importlib.metadata.version("vllm")
-        raise M3CheckError(f"the installed vllm {version} has no MiniMax-M3 kernels ({TREE}); they came with 0.24.0")
+        installed = f"the installed {name} {importlib.metadata.version(name)}"
+        raise M3CheckError(f"{installed} has no MiniMax-M3 kernels ({project.trees[0]}); they came with {project.first}")
     raise M3CheckError(
-        "vllm is not installed here; name a published version (vllm==0.33.0) or a checkout, site-packages folder or wheel "
-        "(vllm:PATH)"
+        f"{name} is not installed here; name a published version ({name}=={project.example}) or a checkout, site-packages "
+        f"folder or wheel ({name}:PATH)"
     )
 
 
-def _at(path: Path) -> Source:
+def _at(project: Project, path: Path) -> Source:
+    name = project.name
     if path.suffix == ".whl" and path.is_file():
-        files = wheels.unpacked(path)
+        files = wheels.unpacked(project, path)
         return Source(files.folder, files.version, f"wheel {path.name}", files.warnings)
-    for folder in (path, path.parent if path.name == "vllm" else path):
-        if (folder / TREE).is_dir():
-            return Source(folder, _version_beside(folder), str(path))
-    wanted = "a checkout, a site-packages folder, a folder that holds vllm/, or a .whl file"
+    for folder in (path, path / "python", path.parent if path.name == name else path):
+        if _has_kernels(project, folder):
+            return Source(folder, _version_beside(project, folder), str(path))
+    wanted = f"a checkout, a site-packages folder, a folder that holds {name}/, or a .whl file"
     if not path.exists():
-        raise M3CheckError(f"vllm:PATH: there is nothing at {path}; wanted {wanted}")
-    raise M3CheckError(f"vllm:PATH: {path} has no {TREE}; wanted {wanted}")
+        raise M3CheckError(f"{name}:PATH: there is nothing at {path}; wanted {wanted}")
+    raise M3CheckError(f"{name}:PATH: {path} has no {' and no '.join(project.trees)}; wanted {wanted}")
 
 
-def _version_beside(folder: Path) -> str:
-    """The version of a folder that holds vllm/, from its dist-info or from the file that its build wrote."""
-    infos = sorted(p.name for p in folder.glob("vllm-*.dist-info"))
+def _has_kernels(project: Project, folder: Path) -> bool:
+    return any((folder / tree).is_dir() for tree in project.trees)
+
+
+def _version_beside(project: Project, folder: Path) -> str:
+    """The version of a folder that holds the package, from its dist-info or from the file that its build wrote."""
+    prefix, suffix = f"{project.name}-", ".dist-info"
+    infos = sorted(p.name for p in folder.glob(f"{prefix}*{suffix}"))
     if infos:
-        return infos[-1].removeprefix("vllm-").removesuffix(".dist-info")
+        return infos[-1].removeprefix(prefix).removesuffix(suffix)
     try:
-        match = re.search(
-            r"""^(?:__version__|version)\b[^'"]*['"]([^'"]+)""", (folder / "vllm/_version.py").read_text(), re.M
-        )
+        text = (folder / project.name / "_version.py").read_text()
     except OSError:
-        match = None
+        return "unknown"
+    match = re.search(r"""^(?:__version__|version)\b[^'"]*['"]([^'"]+)""", text, re.M)
     return match[1] if match else "unknown"

@@ -1,7 +1,8 @@
-"""The few modules that vLLM's kernel files import, so that they run without vLLM; the platform presents ARCH.
+"""The few modules that a project's kernel files import, so that they run without it; the platform presents ARCH.
 
-vLLM's own packages are never executed. The modules are in `sys.modules` only while a kernel file is imported or called,
-since some files import lazily, inside functions; so several versions can live in one process, beside a real vLLM.
+`Modules` is any project's, `World` vLLM's; a project's own packages are never executed. The modules are in `sys.modules`
+only while a kernel file is imported or called, since some files import lazily, inside functions; so several versions can
+live in one process, beside the real project.
 """
 
 from __future__ import annotations
@@ -47,40 +48,14 @@ class Platform:
         raise AttributeError(f"m3check's stand-in for vllm.platforms.current_platform has no {name!r}")
 
 
-class World:
+class Modules:
     """One version's modules: stand-ins, empty shells of its packages, and its kernel files as they are imported."""
 
-    def __init__(self, folder: Path, arch: Arch, pdl: bool) -> None:
-        import triton
-        import triton.language as tl
-
+    def __init__(self, root: str, folder: Path, executed: Callable[[str], bool]) -> None:
+        """Modules of package `root`; only those whose dotted name is `executed` are read from `folder`."""
+        self._root = root
         self._modules: dict[str, ModuleType] = {}
-        self._finder = _Finder(folder)
-        for package in ("vllm", "vllm.utils", "vllm.models", "vllm.models.minimax_m3"):
-            self._add(package)
-        for branch in ("amd", "common", "nvidia"):
-            self._add(f"vllm.models.minimax_m3.{branch}")
-            self._add(f"vllm.models.minimax_m3.{branch}.ops")
-        self._platform = Platform(arch, pdl)
-        self._add("vllm.platforms", current_platform=self._platform)
-        self._add(
-            "vllm.platforms.rocm",
-            on_gfx942=lambda: arch.name == "gfx942",
-            on_gfx950=lambda: arch.name == "gfx950",
-            on_mi3xx=lambda: arch.name in ("gfx942", "gfx950"),
-        )
-        log2e = 1.4426950408889634
-        self._add("vllm.triton_utils", triton=triton, tl=tl, HAS_TRITON=True, LOG2E=log2e, LOGE2=1 / log2e)
-        self._add(
-            "vllm.utils.math_utils",
-            cdiv=lambda a, b: -(a // -b),
-            round_up=lambda a, b: -(a // -b) * b,
-            next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
-        )
-
-    def dependent_launch(self, on: bool) -> None:
-        """Answer `is_arch_support_pdl` so from now on; vLLM's wrappers ask at every call."""
-        self._platform._pdl = on
+        self._finder = _Finder(root, folder, executed)
 
     def load(self, name: str) -> ModuleType:
         """Import one kernel file by its dotted name."""
@@ -102,17 +77,18 @@ class World:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Put this world's modules into sys.modules, and afterwards everything back as it was."""
-        outside = _taken_out()
+        outside = _taken_out(self._root)
         sys.modules.update(self._modules)
         sys.meta_path.insert(0, self._finder)
         try:
             yield
         finally:
             sys.meta_path.remove(self._finder)
-            self._modules = _taken_out()
+            self._modules = _taken_out(self._root)
             sys.modules.update(outside)
 
-    def _add(self, name: str, **attributes: Any) -> None:
+    def add(self, name: str, **attributes: Any) -> None:
+        """Put a stand-in in place, with these attributes; the packages above it must be there."""
         module = ModuleType(name, "A stand-in of m3check.")
         module.__path__ = []
         module.__dict__.update(attributes)
@@ -122,24 +98,59 @@ class World:
             setattr(self._modules[parent], child, module)
 
 
-def _taken_out() -> dict[str, ModuleType]:
-    names = [name for name in sys.modules if name == "vllm" or name.startswith("vllm.")]
+class World(Modules):
+    """vLLM's modules, for the kernel files below `vllm/models/minimax_m3/*/ops`."""
+
+    def __init__(self, folder: Path, arch: Arch, pdl: bool) -> None:
+        import triton
+        import triton.language as tl
+
+        super().__init__("vllm", folder, lambda name: name.startswith("vllm.models.minimax_m3.") and ".ops." in name)
+        for package in ("vllm", "vllm.utils", "vllm.models", "vllm.models.minimax_m3"):
+            self.add(package)
+        for branch in ("amd", "common", "nvidia"):
+            self.add(f"vllm.models.minimax_m3.{branch}")
+            self.add(f"vllm.models.minimax_m3.{branch}.ops")
+        self._platform = Platform(arch, pdl)
+        self.add("vllm.platforms", current_platform=self._platform)
+        self.add(
+            "vllm.platforms.rocm",
+            on_gfx942=lambda: arch.name == "gfx942",
+            on_gfx950=lambda: arch.name == "gfx950",
+            on_mi3xx=lambda: arch.name in ("gfx942", "gfx950"),
+        )
+        log2e = 1.4426950408889634
+        self.add("vllm.triton_utils", triton=triton, tl=tl, HAS_TRITON=True, LOG2E=log2e, LOGE2=1 / log2e)
+        self.add(
+            "vllm.utils.math_utils",
+            cdiv=lambda a, b: -(a // -b),
+            round_up=lambda a, b: -(a // -b) * b,
+            next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
+        )
+
+    def dependent_launch(self, on: bool) -> None:
+        """Answer `is_arch_support_pdl` so from now on; vLLM's wrappers ask at every call."""
+        self._platform._pdl = on
+
+
+def _taken_out(root: str) -> dict[str, ModuleType]:
+    names = [name for name in sys.modules if name == root or name.startswith(f"{root}.")]
     return {name: sys.modules.pop(name) for name in names}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds `vllm.models.minimax_m3.*.ops.*` in one folder, and nothing else of vLLM anywhere."""
+    """Finds a project's executed modules in one folder, and nothing else of it anywhere."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, root: str, folder: Path, executed: Callable[[str], bool]) -> None:
+        self._root, self._folder, self._executed = root, folder, executed
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname.partition(".")[0] != "vllm":
+        if fullname.partition(".")[0] != self._root:
             return None
         file = self._folder.joinpath(*fullname.split(".")).with_suffix(".py")
-        if fullname.startswith("vllm.models.minimax_m3.") and ".ops." in fullname and file.is_file():
+        if self._executed(fullname) and file.is_file():
             return importlib.util.spec_from_file_location(fullname, file, loader=_SourceLoader(fullname, str(file)))
         raise ModuleNotFoundError(f"m3check has no stand-in for {fullname}", name=fullname)
 

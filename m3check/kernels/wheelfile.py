@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from m3check.kernels.project import Project
 from m3check.types import M3CheckError
-
-WANTED = ("vllm/models/minimax_m3/",)
-"""Folders of the wheel whose .py files are read; one list for every op, so that a new op adds a line."""
 
 LARGEST_FILE = 4 << 20
 """Bytes; the largest kernel file published so far has 0.07 MB, and a damaged or hostile archive may claim anything."""
@@ -32,23 +30,23 @@ class Files:
     """A wheel's kernel files on disk, checked."""
 
     folder: Path
-    """Holds `vllm/…`."""
+    """Holds the package's folder, `vllm/…`."""
     version: str
     hashes: Mapping[str, str]
     """sha256 of each file, in hex, by its path inside the wheel."""
     warnings: tuple[str, ...] = ()
 
 
-def known_versions() -> Mapping[str, Mapping[str, str]]:
+def known_versions(project: Project) -> Mapping[str, Mapping[str, str]]:
     """The published versions that have the kernels: sha256 of each wanted file."""
     text = resources.files("m3check").joinpath("data", "known_wheels.json").read_text()
-    known: dict[str, dict[str, str]] = json.loads(text)["vllm"]
+    known: dict[str, dict[str, str]] = json.loads(text)[project.name]
     return known
 
 
-def with_kernels(published: list[str] | None = None) -> str:
+def with_kernels(project: Project, published: list[str] | None = None) -> str:
     """A clause that lists the versions with the kernels: the known ones, and those of `published` that are newer."""
-    known = list(known_versions())
+    known = list(known_versions(project))
     newest = max(map(_order, known), default=())
     newer = [v for v in published or [] if _order(v) > newest]
     return f"versions with MiniMax-M3 kernels: {', '.join([*known, *newer])}"
@@ -58,22 +56,23 @@ def _order(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version)[:4])
 
 
-def extract_wheel(wheel: Path, target: Path) -> None:
+def extract_wheel(project: Project, wheel: Path, target: Path) -> None:
     """`extract` from a wheel file on disk."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            extract(archive, target, wheel.name)
+            extract(project, archive, target, wheel.name)
     except (OSError, zipfile.BadZipFile) as error:
         raise M3CheckError(f"cannot read the wheel {wheel}: {error}") from error
 
 
-def extract(archive: zipfile.ZipFile, target: Path, name: str) -> None:
+def extract(project: Project, archive: zipfile.ZipFile, target: Path, name: str) -> None:
     """Write the wanted members and RECORD below `target`; no other byte of the archive reaches the disk."""
-    members = [m for m in archive.infolist() if _wanted(m.filename) or _is_record(m.filename)]
-    if not any(_is_record(m.filename) for m in members):
+    members = [m for m in archive.infolist() if _wanted(project, m.filename) or _is_record(project, m.filename)]
+    if not any(_is_record(project, m.filename) for m in members):
         raise M3CheckError(f"{name} has no RECORD, so its files cannot be checked")
-    if not any(_wanted(m.filename) for m in members):
-        raise M3CheckError(f"{name} has no MiniMax-M3 kernels (nothing in {', '.join(WANTED)}); {with_kernels()}")
+    if not any(_wanted(project, m.filename) for m in members):
+        nothing = f"{name} has no MiniMax-M3 kernels (nothing in {', '.join(project.wanted)})"
+        raise M3CheckError(f"{nothing}; {with_kernels(project)}")
     for member in members:
         path = _safe(member.filename, name)
         if member.file_size > LARGEST_FILE:
@@ -83,12 +82,12 @@ def extract(archive: zipfile.ZipFile, target: Path, name: str) -> None:
         destination.write_bytes(archive.read(member))
 
 
-def _wanted(path: str) -> bool:
-    return path.startswith(WANTED) and path.endswith(".py")
+def _wanted(project: Project, path: str) -> bool:
+    return path.startswith(project.wanted) and path.endswith(".py")
 
 
-def _is_record(path: str) -> bool:
-    return re.fullmatch(r"vllm-[^/]+\.dist-info/RECORD", path) is not None
+def _is_record(project: Project, path: str) -> bool:
+    return re.fullmatch(rf"{project.name}-[^/]+\.dist-info/RECORD", path) is not None
 
 
 def _safe(path: str, name: str) -> PurePosixPath:
@@ -99,48 +98,47 @@ def _safe(path: str, name: str) -> PurePosixPath:
     return pure
 
 
-def checked(folder: Path, own: bool = False) -> Files:
+def checked(project: Project, folder: Path, own: bool = False) -> Files:
     """Compare a folder's files with its RECORD and, where the version is known, with the shipped hashes.
 
     A wheel file that the user has made (`own`) may differ from the published version of its name, and is told apart.
     """
-    records = list(folder.glob("vllm-*.dist-info/RECORD"))
+    records = list(folder.glob(f"{project.name}-*.dist-info/RECORD"))
     if len(records) != 1:
         raise M3CheckError(f"{folder} has no RECORD, so its files cannot be checked")
-    version = records[0].parent.name.removeprefix("vllm-").removesuffix(".dist-info")
-    recorded = _recorded(records[0], version)
+    version = records[0].parent.name.removeprefix(f"{project.name}-").removesuffix(".dist-info")
+    named = f"{project.name} {version}"
+    recorded = _recorded(project, records[0], version)
     hashes: dict[str, str] = {}
     for path in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.py")):
         hashes[path] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
         if recorded.get(path) != hashes[path]:
-            raise M3CheckError(f"{folder / path} is not what vllm {version}'s RECORD says: sha256 {hashes[path][:16]}…")
+            raise M3CheckError(f"{folder / path} is not what {named}'s RECORD says: sha256 {hashes[path][:16]}…")
     lost = sorted(set(recorded) - set(hashes))
     if lost:
-        raise M3CheckError(f"{folder} lacks {lost[0]}, which vllm {version}'s RECORD has")
-    known = known_versions().get(version)
+        raise M3CheckError(f"{folder} lacks {lost[0]}, which {named}'s RECORD has")
+    known = known_versions(project).get(version)
     if known is None:
-        note = (
-            f"vllm {version} is not a version whose hashes m3check ships: its files agree with the wheel's own RECORD only"
-        )
+        note = f"{named} is not a version whose hashes m3check ships: its files agree with the wheel's own RECORD only"
         return Files(folder, version, hashes, (note,))
     changed = sorted(path for path in known.keys() | hashes.keys() if known.get(path) != hashes.get(path))
     if changed and own:
-        note = f"this wheel is not the published vllm {version}: {len(changed)} kernel file(s) differ, first {changed[0]}"
+        note = f"this wheel is not the published {named}: {len(changed)} kernel file(s) differ, first {changed[0]}"
         return Files(folder, version, hashes, (note,))
     if changed:
-        raise M3CheckError(f"{folder / changed[0]} is not the file that vllm {version} was published with; refused")
+        raise M3CheckError(f"{folder / changed[0]} is not the file that {named} was published with; refused")
     return Files(folder, version, hashes)
 
 
-def _recorded(record: Path, version: str) -> dict[str, str]:
+def _recorded(project: Project, record: Path, version: str) -> dict[str, str]:
     """sha256 in hex of each wanted file, from a RECORD."""
     found = {}
     for row in csv.reader(io.StringIO(record.read_text(encoding="utf-8"))):
-        if len(row) < 2 or not _wanted(row[0]):
+        if len(row) < 2 or not _wanted(project, row[0]):
             continue
-        _safe(row[0], f"vllm {version}'s RECORD")
+        _safe(row[0], f"{project.name} {version}'s RECORD")
         algorithm, _, digest = row[1].partition("=")
         if algorithm != "sha256":
-            raise M3CheckError(f"vllm {version}'s RECORD has no sha256 for {row[0]}")
+            raise M3CheckError(f"{project.name} {version}'s RECORD has no sha256 for {row[0]}")
         found[row[0]] = base64.urlsafe_b64decode(digest + "=" * (-len(digest) % 4)).hex()
     return found

@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from m3check.kernels import pip
+from m3check.kernels.project import Project
 from m3check.kernels.wheelfile import Files, checked, extract, extract_wheel
 from m3check.types import M3CheckError
 
@@ -28,71 +29,73 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("m3check")) / "wheels"
 
 
-def published(version: str, offline: bool = False) -> Files:
-    """The kernel files of vllm==version: from the cache, else fetched into it (never when offline)."""
-    folder = cache_folder() / f"vllm-{version}"
+def published(project: Project, version: str, offline: bool = False) -> Files:
+    """The kernel files of project==version: from the cache, else fetched into it (never when offline)."""
+    folder = cache_folder() / f"{project.name}-{version}"
     warnings: list[str] = []
     if folder.is_dir():
         try:
-            return checked(folder)
+            return checked(project, folder)
         except M3CheckError as error:
             if offline:
                 raise
             warnings.append(f"{error}; fetched anew")
             _remove(folder)
     if offline:
-        have = ", ".join(sorted(p.name.removeprefix("vllm-") for p in cache_folder().glob("vllm-*"))) or "none"
+        prefix = f"{project.name}-"
+        have = ", ".join(sorted(p.name.removeprefix(prefix) for p in cache_folder().glob(f"{prefix}*"))) or "none"
         raise M3CheckError(
-            f"vllm=={version} is not in the cache {cache_folder()} and --offline forbids fetching it; cached: {have}. "
-            "Run once without --offline, or name a wheel or checkout with vllm:PATH"
+            f"{project.name}=={version} is not in the cache {cache_folder()} and --offline forbids fetching it; cached: "
+            f"{have}. Run once without --offline, or name a wheel or checkout with {project.name}:PATH"
         )
-    _store(folder, lambda target: _fetch(version, target, warnings))
-    files = checked(folder)
+    _store(project, folder, lambda target: _fetch(project, version, target, warnings))
+    files = checked(project, folder)
     return replace(files, warnings=(*warnings, *files.warnings))
 
 
-def unpacked(wheel: Path) -> Files:
+def unpacked(project: Project, wheel: Path) -> Files:
     """The kernel files of a wheel file, in a folder of the cache named by the wheel's own hash."""
-    match = re.match(r"vllm-([^-]+)-.*\.whl$", wheel.name)
+    match = re.match(rf"{project.name}-([^-]+)-.*\.whl$", wheel.name)
     if not match:
-        raise M3CheckError(f"{wheel} is not named like a vllm wheel (vllm-VERSION-….whl)")
+        raise M3CheckError(f"{wheel} is not named like a {project.name} wheel ({project.name}-VERSION-….whl)")
     try:
         with wheel.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise M3CheckError(f"cannot read {wheel}: {error.strerror}") from error
-    folder = cache_folder() / "files" / f"vllm-{match[1]}-{digest[:16]}"
+    folder = cache_folder() / "files" / f"{project.name}-{match[1]}-{digest[:16]}"
     if folder.is_dir():
         try:
-            return checked(folder, own=True)
+            return checked(project, folder, own=True)
         except M3CheckError:
             _remove(folder)
-    _store(folder, lambda target: extract_wheel(wheel, target), own=True)
-    return checked(folder, own=True)
+    _store(project, folder, lambda target: extract_wheel(project, wheel, target), own=True)
+    return checked(project, folder, own=True)
 
 
-def _fetch(version: str, target: Path, warnings: list[str]) -> None:
-    url = pip.address(version)
+def _fetch(project: Project, version: str, target: Path, warnings: list[str]) -> None:
+    url = pip.address(project, version)
     parts = urlsplit(url)
     if parts.scheme == "file":
-        extract_wheel(Path(unquote(parts.path)), target)
+        extract_wheel(project, Path(unquote(parts.path)), target)
         return
     from remotezip import RemoteZip
 
     try:
         with RemoteZip(url) as archive:
-            extract(archive, target, f"vllm {version}")
+            extract(project, archive, target, f"{project.name} {version}")
     except M3CheckError:
         raise
     except Exception as error:  # servers without range requests, proxies, TLS: pip may still manage
         warnings.append(
-            f"could not read single files of vllm {version}'s wheel ({_short(error)}); the whole wheel was downloaded"
+            f"could not read single files of {project.name} {version}'s wheel ({_short(error)}); the whole wheel was "
+            "downloaded"
         )
         with tempfile.TemporaryDirectory(prefix="m3check-") as folder:
-            extract_wheel(pip.download(version, Path(folder)), target)
+            extract_wheel(project, pip.download(project, version, Path(folder)), target)
 
 
-def _store(folder: Path, fill: Callable[[Path], None], own: bool = False) -> None:
+def _store(project: Project, folder: Path, fill: Callable[[Path], None], own: bool = False) -> None:
     """Fill a new folder, check it and put it in place at once; whoever came first stays."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ def _store(folder: Path, fill: Callable[[Path], None], own: bool = False) -> Non
         raise M3CheckError(f"cannot write to the cache {folder.parent}: {error.strerror}; set M3CHECK_CACHE") from error
     try:
         fill(temporary)
-        checked(temporary, own)
+        checked(project, temporary, own)
         temporary.rename(folder)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
