@@ -125,25 +125,14 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     due = [line for line in lines if line.skip is None]
     groups = list(dict.fromkeys(Group(line.provider, line.evidence) for line in due))
     jobs = options.jobs or default_jobs(evidence)
-    facts: dict[str, Any] = {
-        "evidence": evidence,
-        "evidence_reason": why,
-        "date": started.isoformat(timespec="seconds"),
-        "host": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "jobs": jobs,
+    facts = {
+        **circumstances(evidence, why, jobs),
         "tier": options.tier if not options.cases else "",
         **({"sanitize": options.sanitize} if options.sanitize else {}),
     }
 
     def make(group: Group) -> isolate.Worker:
-        command = {
-            "spec": group.provider,
-            "arch": arch.name,
-            "evidence": group.evidence,
-            "device": device,
-            "offline": options.offline,
-        }
+        command = worker_command(group.provider, arch.name, group.evidence, device, options.offline)
         new = sanitized.make if sanitized is not None else isolate.Worker
         return new(command, worker_environment(group.evidence))
 
@@ -163,6 +152,23 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     facts["power"] = power.summary(ordered)
     facts["dispatch"] = dispatch.summary(arch.name, ordered, facts.get("providers", {}))
     return _record(gated, ordered, facts, interrupted)
+
+
+def circumstances(evidence: Evidence, why: str, jobs: int) -> dict[str, Any]:
+    """What the parent process knows of a run when it begins, for its record."""
+    return {
+        "evidence": evidence,
+        "evidence_reason": why,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "jobs": jobs,
+    }
+
+
+def worker_command(spec: str, arch: str, evidence: Evidence, device: int, offline: bool) -> dict[str, Any]:
+    """What a worker is told to load, once."""
+    return {"spec": spec, "arch": arch, "evidence": evidence, "device": device, "offline": offline}
 
 
 def introduced(hellos: Mapping[Group, Mapping[str, Any]]) -> dict[str, Any]:

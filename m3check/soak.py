@@ -7,9 +7,6 @@ device: they wait for it a hundred times a result, and processes that share one 
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -206,21 +203,15 @@ def run(
     for task in _tasks(lines, first, last):
         tasks.setdefault(api.Group(task.line.provider, evidence), []).append(task)
     jobs = options.jobs or min(6 if (evidence, judged_on) == ("device", "device") else 64, api.default_jobs(evidence))
-    facts: dict[str, Any] = {
-        "evidence": evidence,
-        "evidence_reason": why,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "jobs": jobs,
+    facts = {
+        **api.circumstances(evidence, why, jobs),
         "judged_on": judged_on if evidence == "device" else "cpu",
         "tier": options.tier if not options.cases else "",
     }
     soak = Soak(arch.name, "", facts, seeds, len(lines) * (last - first + 1))
 
     def make(group: api.Group) -> isolate.Worker:
-        command = {"spec": group.provider, "arch": arch.name, "evidence": evidence, "device": index,
-                   "offline": options.offline}  # fmt: skip
+        command = api.worker_command(group.provider, arch.name, evidence, index, options.offline)
         return isolate.Worker(command, api.worker_environment(evidence))
 
     def message(task: Task) -> dict[str, Any]:

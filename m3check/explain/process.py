@@ -28,17 +28,20 @@ class Helper:
         for warning in kernels.prepare(parsed, offline):
             warn(f"m3check: {spec}: {warning}")
         self.arch, self.spec, self.timeout = target.name, spec, timeout
-        self._command = {
-            "spec": spec, "arch": target.name, "evidence": self.evidence, "device": device, "offline": offline,
-        }  # fmt: skip
+        self._command = api.worker_command(spec, target.name, self.evidence, device, offline)
         self._worker: isolate.Worker | None = None
-        self.description: dict[str, Any] = {}
 
     def __enter__(self) -> Helper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self.end()
+
+    def hello(self) -> dict[str, Any]:
+        """What the worker said of itself when it had loaded the provider; raises M3CheckError where it could not."""
+        hello = self._started().hello
+        assert hello is not None
+        return hello
 
     def line(self, case: str) -> PlanLine:
         """The plan of one case here; raises M3CheckError where it would be skipped."""
@@ -52,11 +55,14 @@ class Helper:
         """The worker's answer, or how it died; raises M3CheckError where the worker or the case is refused."""
         worker = self._started()
         worker.start(message, message, limit or self.timeout)
-        answer = self._next(worker, "answer")
+        reply = self._next(worker, "answer")
         worker.task = None
-        if isinstance(answer, isolate.Death):
-            self._end()
-            return answer
+        if isinstance(reply, isolate.Death):
+            self.end()
+            return reply
+        if reply.get("spent"):  # its GPU context is lost
+            self.end()
+        answer: dict[str, Any] = reply["answer"]
         if "refused" in answer:
             raise M3CheckError(answer["refused"])
         return answer
@@ -64,14 +70,14 @@ class Helper:
     def _started(self) -> isolate.Worker:
         if self._worker is None:
             self._worker = isolate.Worker(self._command, api.worker_environment(self.evidence))
-            hello = self._next(self._worker, "hello")
-            if isinstance(hello, isolate.Death):
-                self._end()
-                raise M3CheckError(f"{self.spec} could not be loaded: {hello.reason}")
-            if "refused" in hello:
-                raise M3CheckError(hello["refused"])
-            self._worker.hello = hello
-            self.description = dict(hello["description"])
+            reply = self._next(self._worker, "hello")
+            if isinstance(reply, isolate.Death):
+                self.end()
+                raise M3CheckError(f"{self.spec} could not be loaded: {reply.reason}")
+            if "refused" in reply["hello"]:
+                self.end()
+                raise M3CheckError(reply["hello"]["refused"])
+            self._worker.hello = reply["hello"]
         return self._worker
 
     def _next(self, worker: isolate.Worker, what: str) -> dict[str, Any] | isolate.Death:
@@ -84,12 +90,12 @@ class Helper:
                         return isolate.Death("crashed", worker.death())
                     for message in messages:
                         if what in message:
-                            found: dict[str, Any] = message[what]
-                            return found
+                            return message
                 elif worker.overdue():
                     return isolate.Death("timeout", "no answer in time; the worker was ended")
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the worker; the next question starts a fresh one."""
         if self._worker is not None:
             self._worker.kill()
             self._worker = None
