@@ -281,6 +281,8 @@ class Profile:
     """Whether `index_decode_score` writes INIT_SCORE / LOCAL_SCORE into forced cells (else the plain score)."""
     dead_rows: Literal["zero", "nan", "any"] = "zero"
     """Attention output of a row that sees no valid block; the contract wants zero, `nan` and `any` promise nothing."""
+    dead_ids: Literal["empty", "any"] = "empty"
+    """Ids of a padded row: -1 in every slot, or whatever, since nobody reads them."""
     id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future"})
     """Which id lists attention accepts; on others a broken result is `noted`, not `failed`."""
     odd_scores: frozenset[str] = ODD_SCORES
@@ -289,6 +291,8 @@ class Profile:
     """How the softmax is normalised: exp2(m - lse), or division by the sum."""
     dequantise: Literal["rounded", "folded", "either"] = "either"
     """fp8 with scales: `rounded` computes on RN_query_dtype(code · scale), `folded` on the exact product."""
+    queries: str = ""
+    """Attention: the dtype that queries, and the weights that multiply values, are rounded to; empty for the queries' own."""
     partials: Literal["query", "fp32", "any"] = "any"
     """Dtype of split-K partial outputs; `query` adds a rounding for each split."""
     bitwise: frozenset[str] = frozenset()
