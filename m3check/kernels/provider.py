@@ -64,6 +64,12 @@ class Loaded:
     """Switches programmatic dependent launch on and off, where the kernels use it."""
     tiles: Sequence[tuple[str, Callable[[], AbstractContextManager[None]]]] = ()
     """Named tile sizes and split counts that must not change a result, and what sets each for a while."""
+    produced: Callable[[Case], Mapping[str, Kernel]] | None = None
+    """All kernels, by op, that production runs for a case, where that depends on more than the target; else `kernels`."""
+
+    def kernel(self, op: str, case: Case) -> Kernel | None:
+        """The kernel of an op for a case."""
+        return (self.kernels if self.produced is None else self.produced(case)).get(op)
 
     @classmethod
     def of(cls, kernels: Mapping[str, Kernel]) -> Loaded:
@@ -72,10 +78,11 @@ class Loaded:
 
     def refuses(self, case: Case) -> str | None:
         """Why this provider's kernel for the case's op cannot run the case, or None where it can."""
-        if case.op not in self.kernels:
+        served = self.kernel(case.op, case)
+        if served is None:
             return self.missing.get(case.op, f"{self.spec.text} has no {case.op}")
         for op in OPS[case.op].chain or (case.op,):
-            kernel = self.kernels[case.op].parts.get(op, self.kernels[case.op])
+            kernel = served.parts.get(op, served)
             sentence = _no_scales(kernel, case) or self.refusal(op, case)
             if sentence:
                 return sentence
@@ -101,10 +108,19 @@ def with_chains(kernels: Mapping[str, Kernel], missing: Mapping[str, str]) -> tu
             tie_rule=select.profile.tie_rule,
             forcing=select.profile.forcing,
             odd_scores=select.profile.odd_scores,
+            dead_ids=select.profile.dead_ids,
         )
         name = " + ".join(part.name for part in parts.values())
         all_kernels[op.name] = Kernel(attend.provider, op.name, name, profile, _by_parts, parts)
     return all_kernels, all_missing
+
+
+def index_dtypes(case: Case) -> tuple[str, str]:
+    """Dtypes of the index queries and of the index keys; a chain's queries follow an fp8 index cache."""
+    if not OPS[case.op].chain:
+        return case.dtype, case.cache_dtype
+    keys = case.index_cache_dtype
+    return keys if keys.startswith("fp8") else case.dtype, keys
 
 
 def cannot_compile(case: Case, arch: Arch, evidence: Evidence) -> str | None:
