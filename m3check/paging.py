@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -80,6 +80,11 @@ class Guard:
     def reset(self) -> None:
         """Put back what the buffer and its surroundings held at first."""
         words(self._backing).copy_(words(self._before))
+
+    def own(self, dim: int, count: int) -> None:
+        """Let the kernel write the first `count` entries of one dimension of the view only."""
+        rest = self.view.narrow(dim, count, self.view.shape[dim] - count)
+        self._owned.as_strided(rest.shape, rest.stride(), rest.storage_offset())[...] = False
 
     def overwritten(self) -> list[int]:
         """Flat positions of cells outside the view that changed, relative to the view's first element."""
@@ -153,6 +158,7 @@ class World:
     own_buffers: bool = False  # a kernel that can allocate its result is given no buffer
     apart: bool = False  # channels, ids and score columns are every second element of their rows
     contiguous: bool = False  # pages in order; no run does so, since it hides mistakes, but a diagnosis may
+    earlier: Literal["", "other", "stale"] = ""  # `indexer`: another batch was served before; or its metadata are used
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,8 @@ class Territory:
     """Whether it may be written; then a cell may be read only after it was."""
     fresh: bool = False
     """Whether the kernel that is launched before may still be writing it: a dependent launch must wait first."""
+    held: bool = False
+    """Whether an output holds something at first, so that it may be read before it is written."""
 
 
 Misuse = Literal["outside", "unowned", "input", "unwritten", "race", "unordered", "early"]
@@ -199,6 +207,22 @@ class Observation:
 
 
 @dataclass
+class Served:
+    """What is seen of one step of a mixed batch (op `indexer`) beside its results."""
+
+    index: dict[str, Any] = field(default_factory=dict)
+    """The indexer's metadata as nested dicts of figures, and (dtype, values) of tensors."""
+    main: dict[str, Any] = field(default_factory=dict)
+    """Likewise attention's."""
+    moved: list[str] = field(default_factory=list)
+    """Tensors of them that a captured graph reads and that lay elsewhere for the batch before."""
+    waits: list[str] = field(default_factory=list)
+    """Reads of device memory by host code, with their source lines."""
+    returned: list[tuple[str, list[int], bool, bool] | None] = field(default_factory=list)
+    """Of the id lists that the indexer returned: part, shape, whether in the id buffer, whether equal to their rows there."""
+
+
+@dataclass
 class Run:
     """One call of a kernel: its results in logical form, and the memory that was watched meanwhile."""
 
@@ -213,6 +237,8 @@ class Run:
     """Every misuse of memory that was seen; None where nobody looked, or no interpreted kernel was launched."""
     arithmetic: Arithmetic | None = None
     """How this call summed; None where that is not known, as in a run put together from several."""
+    served: Served | None = None
+    """Of a mixed batch."""
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,15 @@ class View:
         ids = self.problem.topk_idx if self.problem.topk_idx is not None else self.run.outputs["ids"]
         return ids.to(self.device).long()
 
+    def on_own_ids(self, name: str) -> Tensor:
+        """An output as it should be on the attended ids."""
+        ids = self.problem.topk_idx
+        if ids is None and self.expected_on is not None:
+            if "on_own_ids" not in self.memo:
+                self.memo["on_own_ids"] = self.expected_on(self.run.outputs["ids"])
+            return self.memo["on_own_ids"][name].to(self.device)  # type: ignore[no-any-return]
+        return self.expected[name].to(self.device)
+
     @cached_property
     def expected_out(self) -> Tensor:
         """Attention [T, Hq, D] as it should be on the attended ids."""

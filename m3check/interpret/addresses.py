@@ -68,7 +68,8 @@ class Watch:
             return
         if tensor.dim():
             region.page = int(tensor.storage_offset()), max(1, tensor.stride(0))
-        rights: Any = OWN | READ | (WRITE if territory.output else WRITTEN)
+        full = WRITTEN if territory.held or not territory.output else 0
+        rights: Any = OWN | READ | full | (WRITE if territory.output else 0)
         view = region.view(tensor)
         if territory.owned is not None:
             owned = territory.owned.numpy()

@@ -20,6 +20,7 @@ from m3check.types import OPS, Inputs, Kernel, M3CheckError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from m3check.kernels.calls.family import Taken
     from m3check.paging import Guard, Observation, Run, Territory, World
 
 SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -59,6 +60,10 @@ def call(kernel: Kernel, inputs: Inputs, world: World | None = None, observe: Ob
     from m3check.paging import World
 
     world = world or World()
+    if OPS[kernel.op].phase == "mixed":
+        from m3check.kernels import indexer
+
+        return indexer.call(kernel, inputs, world, observe)
     if OPS[kernel.op].chain:
         return _call_chain(kernel, inputs, world, observe)
     return _call_one(kernel, inputs, world, {}, observe)
@@ -92,6 +97,8 @@ class Prepared:
     run: Run
     territories: tuple[Territory, ...] = ()
     """What the kernel may do with each tensor."""
+    reads: Callable[[Any, Mapping[str, Guard]], Taken] | None = None
+    """How its result is read, where not as the family's others."""
 
     def launch(self) -> Any:
         """Call the kernel; returns its result, in physical form."""
@@ -104,7 +111,9 @@ class Prepared:
 
     def take(self, result: Any) -> Run:
         """The run with a copy of `result` in logical form, and of the scores that a selection was given a buffer for."""
-        run, taken = self.run, calls.of(self.kernel.op).take(self.kernel, result, self.inputs, self.buffers)
+        run, family = self.run, calls.of(self.kernel.op)
+        own = self.reads
+        taken = own(result, self.buffers) if own else family.take(self.kernel, result, self.inputs, self.buffers)
         run.outputs |= taken.outputs
         run.beyond |= taken.beyond
         run.given |= taken.given
@@ -158,11 +167,13 @@ def prepare(kernel: Kernel, inputs: Inputs, world: World, upstream: Mapping[str,
         arguments |= {name: paging.oddly_strided(value) for name, value in tensors.items()}
     arguments = {name: arguments[name] for name in accepted if name in arguments}
     territories = tuple(
-        paging.Territory(name, tensor, made.readable(name, tensor), name in buffers, name in family.fresh)
+        paging.Territory(
+            name, tensor, made.readable(name, tensor), name in buffers, name in family.fresh, name in family.held
+        )
         for name, tensor in arguments.items()
         if hasattr(tensor, "as_strided")
     )
-    return Prepared(kernel, inputs, arguments, buffers, run, territories)
+    return Prepared(kernel, inputs, arguments, buffers, run, territories, made.take)
 
 
 def _without(function: Callable[..., Any], returnable: frozenset[str]) -> frozenset[str]:

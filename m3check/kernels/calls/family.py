@@ -35,6 +35,8 @@ class Physical:
     """Of an argument: bool over its first dimensions, the cells that may be read; None for all."""
     touched: Callable[[str, Tensor], Tensor | None] = whole
     """The part of a vast argument that is in use; None for all."""
+    take: Callable[[Any, Mapping[str, Guard]], Taken] | None = None
+    """Reads the result (or the first buffer) where that takes tensors of this very call; None: the family's own."""
 
 
 @dataclass
@@ -74,6 +76,8 @@ class Calls:
     """Which dimension of a tensor counts the query tokens."""
     fresh: frozenset[str] = frozenset()
     """What the kernel launched before an op's own writes, in the model."""
+    held: frozenset[str] = frozenset()
+    """Buffers that hold something when the kernel begins, so that it may read them before it writes."""
 
 
 def checked(kernel: Kernel, name: str, result: Any, shape: tuple[int, ...], *dtypes: Any) -> Tensor:
