@@ -1,8 +1,8 @@
 """Ops beside block-sparse attention: what this package must know of each family, a file a family.
 
 The block-sparse ops have their own rules (`validity`), values (`generate`), axes (`axes`) and lists; an op of another
-family brings all of these in one `Family`. Its cases stand in m3check/data/<family>.txt under the headings `[smoke]`, `[ci]`,
-`[full]` and `[production]`, each tier having those of the smaller ones as well.
+family brings all of these in one `Family`. Its cases stand in m3check/data/<family>.txt under the headings `[smoke]`,
+`[ci]`, `[full]` and `[production]`, each tier having those of the smaller ones as well.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Family:
     """Words of `ids` that the family has beside those of cases/selections.py."""
 
 
-MODULES: Mapping[str, str] = {}
+MODULES: Mapping[str, str] = {"indexer": "indexer"}
 """family: the file in this folder that defines FAMILY."""
 
 
