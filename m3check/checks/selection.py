@@ -71,6 +71,8 @@ def _faults(view: View) -> list[tuple[Tensor, str]]:
     )
     rows = [(fault.any(-1), f"{name}: {meaning}") for name, fault, meaning in faults]
     rows.append(((lists.times > 1).any(-1), "a block is listed twice; attention would give it double weight"))
+    if view.setting.profile.dead_ids == "any":
+        rows = [(fault & (lists.count > 0), meaning) for fault, meaning in rows]
     return rows
 
 
