@@ -17,7 +17,7 @@ from m3check.arch import Accumulator
 from m3check.checks.bounds import EXP2_ERROR, FORMATS, LN2, LOG2E, U32, DotError, dot_error, half_ulp
 from m3check.checks.setting import Setting
 from m3check.checks.view import chunks
-from m3check.types import BLOCK
+from m3check.types import BLOCK, DTYPES
 
 SUBTILE = 32
 """Tokens of the smallest tile that an online softmax walks in (AMD's attention on gfx942)."""
@@ -27,6 +27,9 @@ CELLS = 16
 
 TIE = 2.0**-20
 """Logits this far apart tie."""
+
+FLUSHED = {torch.float16: 2.0**-25, torch.float8_e4m3fn: 2.0**-10}
+"""Half the smallest subnormal: a weight below this part of the largest, which is 1, is lost (e4m3: if nobody scales it)."""
 
 HEAVY = 32
 """Bins of a row whose sums are worked out exactly, the heaviest ones."""
@@ -91,7 +94,8 @@ def noise(
     weight = (masked - lse).exp()
     seen_weight = (logit - lse).clamp(max=0).exp() * pairs.there[:, None]
     logit = logit.masked_fill(~attended, 0)
-    u = _weight_rounding(dtype, setting.pv)
+    held = getattr(torch, DTYPES[setting.profile.queries]) if setting.profile.queries else dtype
+    u = _weight_rounding(held, setting.pv)
     weight_bias, weight_deviation, weight_most = _weight_errors(sums, logit, m, sm_scale)
 
     v = pairs.v
@@ -132,8 +136,8 @@ def noise(
         leaning = weight * weight_bias
         leant = leaning @ pairs.v_abs + o.abs() * leaning.sum(-1, keepdim=True)
         bias = bias + leant
-    if dtype == torch.float16:
-        flushed = torch.minimum(weight, 2.0**-25 * weight.amax(-1, keepdim=True))
+    if held in FLUSHED:
+        flushed = torch.minimum(weight, FLUSHED[held] * weight.amax(-1, keepdim=True))
         bias = bias + flushed @ pairs.v_abs
     if setting.pv.operand_bits is not None:
         bias = bias + 2.0 ** (1 - setting.pv.operand_bits) * (size + o.abs())  # values are cut; so are weights, all one way
