@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m3check import cases
-from m3check.types import OPS, Case, Inputs, Kernel, M3CheckError, Outputs, PlanLine, Status
+from m3check.types import OPS, SPARSE, Case, Inputs, Kernel, M3CheckError, Outputs, PlanLine, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +36,9 @@ def save(case: Case, session: Session, line: PlanLine, folder: Path, description
     from m3check.explain.stages import Trouble
     from m3check.paging import Run, World
 
-    kernel: Kernel = session.loaded.kernels[case.op]
-    inputs = cases.make_inputs(case, session.device)
+    kernel = session.loaded.kernel(case.op, case)
+    assert kernel is not None
+    inputs = runner.inputs_for(kernel, case, session.device)
     raised = ""
     try:
         trouble = trouble_of(kernel, inputs, session, line.invariants)
@@ -122,7 +122,7 @@ def _judgement(
     if scores is not None:
         scores = scores[..., : inputs.case.block_columns]
     mine = replace(inputs, case=replace(inputs.case, op=op), topk_idx=lists, scores=scores)
-    if not op.startswith("sparse_attn"):
+    if op in SPARSE and not op.startswith("sparse_attn"):
         mine = replace(mine, q=None, k=None, v=None, k_scale=None, v_scale=None, topk_idx=None)
     problem = reference.dequantised(mine, rule)
     expected = reference.expected(problem)

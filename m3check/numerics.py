@@ -145,7 +145,8 @@ def measure(session: Session, provider: str, due: Iterable[tuple[str, str]]) -> 
         case = case_module.parse_id(name)
         if session.loaded.refuses(case) is not None:
             continue
-        kernel = session.loaded.kernels[case.op]
+        kernel = session.loaded.kernel(case.op, case)
+        assert kernel is not None
         inputs = made(name, numbers, session.device)
         run = runner.call(kernel, inputs, session)
         problem = reference.dequantised(inputs, "rounded")

@@ -104,7 +104,8 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
         refusal = session.loaded.refuses(changed.case)
         if refusal is not None:
             raise M3CheckError(refusal)
-        served: Kernel = session.loaded.kernels[op]
+        served = session.loaded.kernel(op, changed.case)
+        assert served is not None
         run = runner.call(served, changed, session, World())
         return run, runner.Judge(changed, replace(setting, profile=served.profile))(changed, run)
 

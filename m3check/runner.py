@@ -16,6 +16,7 @@ from m3check.arch import Arch, Arithmetic
 from m3check.compiled import evidence as compiled
 from m3check.expression import matcher
 from m3check.types import (
+    DTYPES,
     OPS,
     Case,
     Evidence,
@@ -168,7 +169,7 @@ class Session:
 def run_one(case: Case, session: Session, line: PlanLine, command: str) -> Result:
     """Make the inputs, run the kernel, judge its outputs. Never raises for what a kernel does."""
     started = time.perf_counter()
-    kernel: Kernel | None = session.loaded.kernels.get(case.op)
+    kernel: Kernel | None = session.loaded.kernel(case.op, case)
     name = kernel.name if kernel else case.op
 
     def result(status: Status, reason: str = "", findings: Sequence[Finding] = ()) -> Result:
@@ -230,7 +231,7 @@ class KernelRaised(Exception):
 def _judge(
     case: Case, kernel: Kernel, session: Session, names: Sequence[str]
 ) -> tuple[list[Finding], Sums | None, Heat | None]:
-    inputs = cases.make_inputs(case, session.judged_on or session.device)
+    inputs = inputs_for(kernel, case, session.judged_on or session.device)
     run, setting = first_call(kernel, _moved(inputs, session.device) if session.judged_on else inputs, session)
     if session.judged_on:
         names, run = (), _moved(run, session.judged_on)
@@ -240,6 +241,16 @@ def _judge(
     if names and not _red(findings):  # a result that is red already needs no further cause
         findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
     return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None, heat
+
+
+def inputs_for(kernel: Kernel, case: Case, device: str) -> Inputs:
+    """A case's inputs; attention queries that a kernel rounds first are rounded before anybody sees them."""
+    inputs = cases.make_inputs(case, device)
+    if not kernel.profile.queries or inputs.q is None:
+        return inputs
+    import torch
+
+    return replace(inputs, q=inputs.q.to(getattr(torch, DTYPES[kernel.profile.queries])).to(inputs.q.dtype))
 
 
 def _moved(value: Moved, device: str) -> Moved:
@@ -297,7 +308,8 @@ class Judge:
             problem, expected = self._reference(inputs, rule)
 
             def attend(ids: torch.Tensor, problem: Inputs = problem) -> Outputs:
-                op = "sparse_attn" if OPS[problem.case.op].phase == "prefill" else "sparse_attn_decode"
+                this = OPS[problem.case.op]
+                op = this.on_ids or ("sparse_attn" if this.phase == "prefill" else "sparse_attn_decode")
                 return reference.expected(replace(problem, case=replace(problem.case, op=op), topk_idx=ids))
 
             findings = checks.compare(problem, run, expected, setting, attend)

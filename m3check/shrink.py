@@ -54,8 +54,9 @@ def reason(case: Case, session: Session, wanted: str = "") -> str:
 
     if session.loaded.refuses(case) is not None:
         return ""
-    kernel = session.loaded.kernels[case.op]
-    inputs = cases.make_inputs(case, session.device)
+    kernel = session.loaded.kernel(case.op, case)
+    assert kernel is not None
+    inputs = runner.inputs_for(kernel, case, session.device)
     try:
         run, setting = runner.first_call(kernel, inputs, session)
         judge = runner.Judge(inputs, setting)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from m3check import cases, invariants
+from m3check import invariants
 from m3check.types import OPS, SPARSE, Case, Finding, Inputs, Kernel, M3CheckError, PlanLine, Status
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def explain(
     from m3check import runner
 
     found = Explanation(line.case, line.provider, "passed")
-    kernel: Kernel | None = session.loaded.kernels.get(case.op)
+    kernel: Kernel | None = session.loaded.kernel(case.op, case)
     refusal = session.loaded.refuses(case)
     if kernel is None or refusal is not None:
         raise M3CheckError(refusal or f"{line.provider} has no {case.op}")
@@ -74,7 +74,7 @@ def explain(
             f"m3check explain knows the stages of block-sparse ops only, not of {case.op}; m3check run --case "
             f"{line.case} tells what its checks find, and m3check shrink makes the case smaller"
         )
-    inputs = cases.make_inputs(case, session.device)
+    inputs = runner.inputs_for(kernel, case, session.device)
     told("calling the kernel")
     try:
         trouble = trouble_of(kernel, inputs, session, line.invariants, told)
