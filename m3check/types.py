@@ -69,6 +69,7 @@ class Op:
     outputs: tuple[str, ...]  # of "score" [H, T, K], "ids" [H, T, topk], "out" [T, Hq, D]
     summary: str
     chain: tuple[str, ...] = ()  # the ops that a chain runs, in order
+    on_ids: str = ""  # the op whose reference judges further outputs on the kernel's own ids, where it gives ids
     family: str = "sparse"  # the ops that share inputs, fields of Case and calling conventions (CONTRIBUTING: an op family)
 
 
