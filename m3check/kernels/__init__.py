@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Mapping
 from types import ModuleType
 
 from m3check.arch import Arch
+from m3check.kernels.project import SGLANG, VLLM, Project
 from m3check.kernels.provider import Loaded, Provider, Spec
 from m3check.types import Case, Evidence, M3CheckError
 
@@ -27,6 +29,14 @@ PROVIDERS: tuple[Provider, ...] = (
         "m3check.kernels.vllm",
     ),
     Provider(
+        "sglang",
+        ("sglang", "sglang==X.Y.Z", "sglang:PATH"),
+        "SGLang's MiniMax-M3 Triton kernels: installed, out of a published wheel, or at PATH (a checkout, a site-packages "
+        "folder or a wheel file)",
+        "triton; for sglang==X.Y.Z pip and the network once, then the cache",
+        "m3check.kernels.sglang",
+    ),
+    Provider(
         "user",
         ("./file.py", "package.module"),
         "your own kernels: functions named like the ops (see m3check kernels --signatures)",
@@ -35,6 +45,9 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
 )
 
+_PUBLISHED: Mapping[str, Project] = {project.name: project for project in (VLLM, SGLANG)}
+"""Providers that may be named by a version or by a path."""
+
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -42,16 +55,19 @@ _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 def parse_spec(text: str) -> Spec:
     """A provider from its command-line form; raises M3CheckError that lists the known forms."""
     name, _, version = text.partition("==")
-    if name == "vllm" and "==" in text:
+    if name in _PUBLISHED and "==" in text:
         if not _VERSION.fullmatch(version):
-            raise M3CheckError(f"{text!r}: wanted a version after ==, such as vllm==0.33.0, got {version!r}")
-        return Spec(text, "vllm", version=version)
-    if text.startswith("vllm:"):
-        path = text.removeprefix("vllm:")
+            example = f"{name}=={_PUBLISHED[name].example}"
+            raise M3CheckError(f"{text!r}: wanted a version after ==, such as {example}, got {version!r}")
+        return Spec(text, name, version=version)
+    name, colon, path = text.partition(":")
+    if name in _PUBLISHED and colon:
         if not path:
-            raise M3CheckError("'vllm:' lacks a path: vllm:PATH names a checkout, a site-packages folder or a wheel file")
-        return Spec(text, "vllm", path=_absolute(path))
-    if text in ("triton", "vllm"):
+            raise M3CheckError(
+                f"'{name}:' lacks a path: {name}:PATH names a checkout, a site-packages folder or a wheel file"
+            )
+        return Spec(text, name, path=_absolute(path))
+    if text == "triton" or text in _PUBLISHED:
         return Spec(text, text)
     if text.endswith(".py") or "/" in text or os.sep in text:
         return Spec(text, "user", path=_absolute(text))
