@@ -46,6 +46,17 @@ def torch_dtype(word: str) -> torch.dtype:
     return dtype
 
 
+def stored(case: Case) -> dict[str, torch.dtype]:
+    """The dtype of each output of `qknorm_rope_insert`."""
+    model, cache = torch_dtype(case.dtype), torch_dtype(case.cache_dtype)
+    index = torch_dtype(case.index_cache_dtype) if case.index_cache_dtype.startswith("fp8") else model
+    fnuz = "fnuz" in case.cache_dtype + case.index_cache_dtype
+    codes = torch_dtype("fp8_e4m3fnuz" if fnuz else "fp8_e4m3fn")
+    caches = {"cached_k": cache, "cached_v": cache, "cached_idx_k": index}
+    index_queries = model if case.queries == "place" and index.itemsize > 1 else index
+    return {"q": model, "q_codes": codes, "k": model, "idx_q": index_queries, "idx_k": model, **caches}
+
+
 def poison_value(dtype: torch.dtype, poison: Poison) -> float:
     """The value that fills memory which no live token owns."""
     if poison == "nan":
@@ -90,6 +101,11 @@ class Guard:
         """Flat positions of cells outside the view that changed, relative to the view's first element."""
         changed = (words(self._backing) != words(self._before)) & ~self._owned
         return [int(i) - int(self.view.storage_offset()) for i in changed.nonzero().flatten()[:8]]
+
+
+    def place(self, position: int) -> str:
+        """What a foreign cell is, by its flat position from the view's first element; empty where nothing is known of it."""
+        return ""
 
 
 def guarded(
@@ -386,6 +402,21 @@ def _slots(heads: int, pages: Pages, poison: Poison, like: Tensor) -> Tensor:
     storage = arena.allocate(heads * count, like.dtype, like.device).view(heads, count)
     storage[:, pages.first * BLOCK :] = value
     return storage
+
+
+def watched_pages(page: list[int], pages: Pages, poison: Poison, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(poisoned storage [pages, *page], flat memory to be watched): a page stands before the first in use, one after the last.
+
+    Where pages are far, those below are mapped and never touched, and no part of what is watched.
+    """
+    device = pages.table.device
+    near = filled([pages.count + 2, *page], poison_value(dtype, poison), dtype, device)
+    if not pages.first:
+        return near[1:-1], near.flatten()
+    count = pages.first + pages.count + 1
+    storage = arena.allocate(count * math.prod(page), dtype, device).view(count, *page)
+    _bytes(storage)[pages.first - 1 :] = _bytes(near)
+    return storage[:-1], storage[pages.first - 1 :].flatten()
 
 
 def apart(tensor: Tensor) -> Tensor:

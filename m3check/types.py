@@ -172,6 +172,10 @@ class Case:
     """Id lists given to attention: `full`, `ascending`, `short`, `holes`, `future` (see cases/selections.py)."""
     max_query_len: int = 0
     """Decode: the longest query length that a captured graph provides for; 0 means the batch's own."""
+    layer: str = "sparse"
+    """`qknorm_rope_insert`: `sparse`, `dense` (no index branch, nothing inserted) or `skip_index` (an index branch left alone)."""
+    queries: str = "out"
+    """`qknorm_rope_insert`: where queries go: `out` (a buffer), `place` (where they stood), `fp8` (codes alone) or `both`."""
     fill: str = "gauss"
     seed: int = 0
 
@@ -229,6 +233,7 @@ class Case:
             "max_query_len": self.max_query_len or max(self.query_lens, default=0),
             "fill": self.fill,
             "seed": self.seed,
+            **({"layer": self.layer, "queries": self.queries} if self.op == "qknorm_rope_insert" else {}),
         }
 
 
@@ -294,6 +299,8 @@ class Profile:
     """fp8 with scales: `rounded` computes on RN_query_dtype(code · scale), `folded` on the exact product."""
     queries: str = ""
     """Attention: the dtype that queries, and the weights that multiply values, are rounded to; empty for the queries' own."""
+    emits: Literal["direct", "rounded", "either"] = "either"
+    """fp8 codes that an insert writes: of its fp32 numbers, or of those rounded to the dtype of the keys first."""
     partials: Literal["query", "fp32", "any"] = "any"
     """Dtype of split-K partial outputs; `query` adds a rounding for each split."""
     bitwise: frozenset[str] = frozenset()

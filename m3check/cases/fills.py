@@ -125,7 +125,7 @@ def wide(draw: Draw) -> Tensor:
     """12 binades; channels cancel in 7 of 8 pairs, so that a dot is small beside its products; |logit| < 1e3."""
     import torch
 
-    if draw.role in ("v", "scores"):
+    if draw.role not in ("q", "k", "idx_q", "idx_k"):
         return draw.look_up(_binades(-6))
     values = draw.look_up(_binades(-10 if draw.role == "q" else -6))  # attention queries stay below 4: bounds the logits
     even, odd = _words(values)[..., 0::2], _words(values)[..., 1::2]

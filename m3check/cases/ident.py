@@ -30,6 +30,8 @@ WORDS: Mapping[str, str] = {  # the word in an id: the field of Case, in the ord
     "layout": "layout",
     "ids": "ids",
     "mq": "max_query_len",
+    "layer": "layer",
+    "queries": "queries",
     "fill": "fill",
 }
 

@@ -12,6 +12,8 @@ from m3check.types import DTYPES, OPS, Case, M3CheckError
 
 SCALES = ("none", "scalar", "token")
 LAYOUTS = ("hnd", "nhd", "pool")
+LAYERS = ("sparse", "dense", "skip_index")
+QUERIES = ("out", "place", "fp8", "both")
 
 
 def _fills() -> tuple[str, ...]:
@@ -29,6 +31,8 @@ def _selections() -> tuple[str, ...]:
 KNOWN: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "scales": lambda: SCALES,
     "layout": lambda: LAYOUTS,
+    "layer": lambda: LAYERS,
+    "queries": lambda: QUERIES,
     "ids": _selections,
     "fill": _fills,
 }

@@ -15,6 +15,8 @@ def check_guards(view: View) -> list[Finding]:
         if places:
             near = "before its first" if places[0] < 0 else "past or between its own"
             hint = f"wrote outside its view, {near} element; positions from the view's first element: {places}"
+            told = guard.place(places[0])
+            hint += f"; the first is {told}" if told else ""
             return [Finding("guards", Status.FAILED, float(len(places)), 0.0, f"buffer `{guard.name}`", hint)]
     return [Finding("guards", Status.PASSED, 0.0, 0.0)]
 

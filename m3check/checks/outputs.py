@@ -39,5 +39,13 @@ def _attended(view: View) -> Tensor:
 OUTPUTS: Mapping[str, Output] = {
     "score": Output(1, visible_cells, "index head {0}, block {2}", float("nan")),  # missing blocks are invisible
     "ids": Output(1, _every, "index head {0}, slot {2}"),
+    "q": Output(0, _every, "query head {1}, channel {2}"),
+    "q_codes": Output(0, _every, "query head {1}, channel {2}"),
+    "k": Output(0, _every, "kv head {1}, channel {2}"),
+    "idx_q": Output(0, _every, "index head {1}, channel {2}"),
+    "idx_k": Output(0, _every, "channel {2}"),
+    "cached_k": Output(0, _every, "kv head {1}, channel {2}"),
+    "cached_v": Output(0, _every, "kv head {1}, channel {2}"),
+    "cached_idx_k": Output(0, _every, "channel {2}"),
     "out": Output(0, _attended, "query head {1}, channel {2}"),
 }

@@ -72,6 +72,11 @@ def stages(dtype: torch.dtype) -> int:
     return 1 if dtype is torch.float32 else 2
 
 
+def head_tile() -> int:
+    """(token, head) rows that one program of an insert norms and rotates."""
+    return 256 if interpreted() else 16
+
+
 def head_rows(gqa: int) -> int:
     """Query heads of one KV head as rows of a tile; tl.dot wants 16 at least."""
     return max(16, power_of_two(gqa))
@@ -110,6 +115,7 @@ CHOICES = (
             score_keys=lambda dtype: 32,
             attention_keys=lambda dtype: 32,
             selection=lambda columns, rows: (4, 16),
+            head_tile=lambda: 4,
         ),
     ),
     (

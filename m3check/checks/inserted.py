@@ -1,0 +1,131 @@
+"""What an insert wrote: every number within the bound of its norm and rotation and rounded once, wherever it went."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from m3check import paging
+from m3check.checks import mistaken
+from m3check.checks.bounds import half_ulp
+from m3check.checks.turning import Emission, Stored, Turned, explained, turned
+from m3check.checks.view import View
+from m3check.types import Finding, Status
+
+PLACES = {
+    "q": "query head", "q_codes": "query head", "k": "kv head", "idx_q": "index head", "idx_k": "index key",
+    "cached_k": "kv head", "cached_v": "kv head", "cached_idx_k": "index key",
+}  # fmt: skip
+
+
+def check_rows(view: View) -> list[Finding]:
+    """Queries, keys and index heads, in the rows of the projection or in the buffers given for them."""
+    return [_worst(view, "turned", [name for name in PLACES if not name.startswith("cached")])]
+
+
+def check_cached(view: View) -> list[Finding]:
+    """Keys, values and index keys at the slots of their tokens."""
+    return [_worst(view, "inserted", [name for name in PLACES if name.startswith("cached")])]
+
+
+def stored(view: View) -> dict[str, Stored]:
+    """Each destination, cut to rows that have one."""
+    if "stored" not in view.memo:
+        dtypes, model = paging.stored(view.case), view.problem.more["x_q"].dtype
+        right = expected(view)
+        kept = view.problem.more["kept"].to(view.device)
+        found = {}
+        for name in PLACES:
+            if name not in view.run.outputs:
+                continue
+            kind = {"q_codes": "q"}.get(name, name.removeprefix("cached_"))
+            rows = kept if name.startswith("cached") else torch.ones_like(kept)
+            part = Turned(right[kind].value[rows], right[kind].bound[rows])
+            scale = float(view.problem.more["q_scale"]) if name == "q_codes" else 1.0
+            found[name] = Stored(view.actual(name)[rows], part, dtypes[name], model, scale)
+        view.memo["stored"] = found
+    return view.memo["stored"]  # type: ignore[no-any-return]
+
+
+def expected(view: View) -> dict[str, Turned]:
+    """What the reference says of each kind of head, with its bound; values come unchanged."""
+    more = view.problem.more
+    angles = more["cos_sin"][more["positions"]].to(view.device)
+    found = {}
+    for kind in ("q", "k", "idx_q", "idx_k"):
+        value = view.expected[kind].to(view.device)
+        x, weight = more[f"x_{kind}"].to(view.device), more[f"w_{kind}"].to(view.device)
+        found[kind] = turned(x, weight, angles, float(more["eps"]), value)
+    value = view.expected["v"].to(view.device)
+    found["v"] = Turned(value, torch.zeros_like(value))
+    return found
+
+
+def _worst(view: View, check: str, names: list[str]) -> Finding:
+    """The element that needs the most of its bound, over some destinations."""
+    rules: tuple[Emission, ...] = ("direct", "rounded")
+    if view.setting.profile.emits != "either":
+        rules = (view.setting.profile.emits,)
+    here = {name: each for name, each in stored(view).items() if name in names}
+    worst, measured = "", 0.0
+    shares = explained(here, rules)
+    for name, used in shares.items():
+        most = float(used.max()) if used.numel() else 0.0
+        if most > measured or not worst:
+            worst, measured = name, most
+    if measured <= 1.0:
+        return Finding(check, Status.PASSED, measured, 1.0, f"`{worst}`" if worst else "")
+    used = shares[worst]
+    row, head, channel = _place(used)
+    actual, right = here[worst].actual[row, head, channel].item(), here[worst].turned.value[row, head, channel].item()
+    told = torch.arange(view.case.total_queries, device=view.device)
+    if worst.startswith("cached"):
+        told = told[view.problem.more["kept"].to(view.device)]
+    where = f"`{worst}` of {view.rows.name(int(told[row]))}, {PLACES[worst]} {head}, channel {channel}"
+    wrong = used > 1.0
+    hint = (
+        f"holds {actual:.6g}, wanted {right / here[worst].scale:.6g}; {int(wrong.sum())} of {used.numel()} numbers are off"
+    )
+    others = [name for name, each in shares.items() if name != worst and each.numel() and float(each.max()) > 1.0]
+    if others:
+        hint += f", and some of {', '.join(others)}"
+    like = mistaken.likeness(view, worst, here[worst], told, wrong)
+    return Finding(check, Status.FAILED, measured, 1.0, where, f"{hint}; {like}" if like else hint)
+
+
+def _place(used: Tensor) -> tuple[int, int, int]:
+    flat = int(used.argmax())
+    heads, channels = used.shape[1:]
+    return flat // (heads * channels), flat // channels % heads, flat % channels
+
+
+def check_identity(view: View) -> list[Finding]:
+    """fp8 caches hold numbers and not multiples of them: who reads an index cache does not multiply, and who reads the main
+    cache multiplies by a scale that the layer keeps for itself, or not at all.
+    """
+    findings = []
+    for name, each in stored(view).items():
+        if each.dtype.itemsize > 1 or not name.startswith("cached") or not each.actual.numel():
+            continue
+        right, bound, actual = each.turned.value, each.turned.bound, each.actual.double()
+        inside = right.abs() < 0.9 * float(torch.finfo(each.dtype).max)  # the others are cut off
+        right, bound, actual = right[inside], bound[inside], actual[inside]
+        size = right.square().sum()
+        if not float(size):
+            continue
+        factor = float((right * actual).sum() / size)
+        half = half_ulp(right, each.dtype) + half_ulp(right, each.model)
+        spread = (right.square() * half.square() / 3).sum().sqrt() * view.setting.deviations(4)
+        limit = float((spread + (right.abs() * bound).sum()) / size)
+        measured = abs(factor - 1.0)
+        if measured <= limit:
+            findings.append(Finding("identity", Status.PASSED, measured, limit, f"`{name}`"))
+            continue
+        told = f"{factor:.6g}" if math.isfinite(factor) else "no number"
+        hint = (
+            f"the cache holds {told} times what it should: who reads it multiplies by 1, or by a scale that is not this one"
+        )
+        findings.append(Finding("identity", Status.FAILED, min(measured, 1e9), limit, f"`{name}`", hint))
+    return findings

@@ -1,0 +1,120 @@
+"""How far a norm and a rotation of correct arithmetic may be off, and what may be stored for it (docs/bounds.md, Inserts)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m3check.checks.bounds import FORMATS, U32, half_ulp
+
+Emission = Literal["direct", "rounded"]
+
+RSQRT = 2.0**-21
+"""Relative error of 1/sqrt in fp32: rsqrt.approx (2^-22.9), or a square root and a division, each approximate."""
+
+FLUSHED = 2.0**-125
+"""Two products that were flushed to zero."""
+
+SCALING = 2.0**-22
+"""Relative error of a division by a scale in fp32: 2 ulp, or a rounded reciprocal and a product."""
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Heads [T, heads, D] after norm and rotation (fp64), and how far fp32 arithmetic may be off before it rounds."""
+
+    value: Tensor
+    bound: Tensor
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Heads after their norm, in fp64."""
+    x = x.double()
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (1 + weight.double())
+
+
+def turned(x: Tensor, weight: Tensor, angles: Tensor, eps: float, value: Tensor) -> Turned:
+    """The bound of heads x [T, heads, D] with cosines and sines [T, R]; `value` is the reference's.
+
+    The sum of squares, eps and the root are one error for a head: it scales the result. The rest is for each product alone.
+    """
+    half = angles.shape[-1] // 2
+    cos, sin = angles.double().abs()[:, None].chunk(2, dim=-1)
+    size = normed(x, weight, eps).abs()
+    first, second = size[..., :half], size[..., half : 2 * half]
+    rotated = torch.cat([first * cos + second * sin, second * cos + first * sin], dim=-1)
+    own = torch.cat([4 * rotated + value[..., : 2 * half].abs(), 3 * size[..., 2 * half :]], dim=-1) * U32
+    common = (x.shape[-1] + 1) / 2 * U32 + RSQRT
+    return Turned(value, (common * value.abs() + own) * (1 + 2.0**-10) + FLUSHED)
+
+
+def nearest(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number of `dtype` nearest to each fp64 x, ties to even; fp8 saturates, wider formats overflow to infinity."""
+    step = 2 * half_ulp(x, dtype)
+    rounded = (x / step).round() * step
+    largest = FORMATS[dtype].largest
+    if dtype.itemsize == 1:
+        return rounded.clamp(-largest, largest)
+    return torch.where(rounded.abs() > largest, rounded.sign() * torch.inf, rounded)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What stands in one destination, and how it may have come there."""
+
+    actual: Tensor
+    turned: Turned
+    dtype: torch.dtype
+    model: torch.dtype
+    """What `rounded` rounds to before it rounds to an fp8 dtype."""
+    scale: float = 1.0
+    """What numbers are divided by before they are stored."""
+
+    def emitted(self, share: Tensor | float, rule: Emission) -> Tensor:
+        """What is stored where arithmetic errs by this share (-1 to 1) of its bound; it rises with the share."""
+        x = self.turned.value + share * self.turned.bound
+        if rule == "rounded" and self.dtype.itemsize == 1:
+            x = nearest(x, self.model)
+        if self.scale != 1.0:
+            x = x / self.scale
+            x = x + share * SCALING * x.abs()
+        return nearest(x, self.dtype)
+
+    def shares(self, rule: Emission) -> Tensor:
+        """How much of its bound each element needs to be explained, above 1 where all of it does not do."""
+        actual = self.actual.double()
+        right = self.emitted(0.0, rule)
+        used = torch.zeros_like(right)
+        off = actual != right
+        if not bool(off.any()):
+            return used
+        side = torch.where(actual > right, 1.0, -1.0)
+        far = self.emitted(side, rule)
+        reached = off & torch.where(side > 0, actual <= far, actual >= far)
+        low, high = torch.zeros_like(right), torch.ones_like(right)
+        for _ in range(12):
+            middle = (low + high) / 2
+            there = self.emitted(side * middle, rule)
+            enough = torch.where(side > 0, there >= actual, there <= actual)
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        used = torch.where(reached, high, used)
+        room = self.turned.bound / self.scale + half_ulp(self.turned.value / self.scale, self.dtype)
+        beyond = ((actual - self.turned.value / self.scale).abs() / room).nan_to_num(nan=LOST, posinf=LOST).clamp(min=1.001)
+        return torch.where(off & ~reached, beyond.clamp(max=LOST), used)
+
+
+LOST = 1e9
+"""Stands for NaN and infinity where a number belongs."""
+
+
+def explained(stored: Mapping[str, Stored], rules: tuple[Emission, ...]) -> dict[str, Tensor]:
+    """The shares of each destination, by the rule of emission that explains it best."""
+    found = {}
+    for name, each in stored.items():
+        tried = [each.shares(rule) for rule in (rules if each.dtype.itemsize == 1 else rules[:1])]
+        found[name] = min(tried, key=lambda used: float(used.max()) if used.numel() else 0.0)
+    return found
