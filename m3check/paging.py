@@ -104,7 +104,7 @@ class Guard:
 
 
     def place(self, position: int) -> str:
-        """What a foreign cell is, by its flat position from the view's first element; empty where nothing is known of it."""
+        """What a foreign cell is, by its flat position from the view's first element; empty where that is not known."""
         return ""
 
 
@@ -405,7 +405,7 @@ def _slots(heads: int, pages: Pages, poison: Poison, like: Tensor) -> Tensor:
 
 
 def watched_pages(page: list[int], pages: Pages, poison: Poison, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(poisoned storage [pages, *page], flat memory to be watched): a page stands before the first in use, one after the last.
+    """(poisoned storage [pages, *page], flat memory to be watched): a page before the first in use, one after the last.
 
     Where pages are far, those below are mapped and never touched, and no part of what is watched.
     """

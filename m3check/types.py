@@ -173,9 +173,9 @@ class Case:
     max_query_len: int = 0
     """Decode: the longest query length that a captured graph provides for; 0 means the batch's own."""
     layer: str = "sparse"
-    """`qknorm_rope_insert`: `sparse`, `dense` (no index branch, nothing inserted) or `skip_index` (an index branch left alone)."""
+    """Of an insert: `sparse`, `dense` (no index branch, nothing inserted) or `skip_index` (an index branch left alone)."""
     queries: str = "out"
-    """`qknorm_rope_insert`: where queries go: `out` (a buffer), `place` (where they stood), `fp8` (codes alone) or `both`."""
+    """Of an insert, where queries go: `out` (a buffer), `place` (where they stood), `fp8` (codes alone) or `both`."""
     fill: str = "gauss"
     seed: int = 0
 

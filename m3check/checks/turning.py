@@ -1,4 +1,4 @@
-"""How far a norm and a rotation of correct arithmetic may be off, and what may be stored for it (docs/bounds.md, Inserts)."""
+"""How far a norm and a rotation of correct arithmetic may be off, and what may be stored then (docs/bounds.md, Inserts)."""
 
 from __future__ import annotations
 
