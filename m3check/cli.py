@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     made["explain"].add_argument("--format", choices=("text", "json"), default="text", help="text (default) or json")
     made["shrink"].add_argument("--seconds", type=float, metavar="S", help="how long to go on (default 100)")
     made["show"].add_argument("records", nargs="+", metavar="RECORD", help="report.json, or the folder that holds it")
-    made["show"].add_argument("--format", default="md", metavar="FORMAT", help="md (default), junit or json; html later")
+    made["show"].add_argument("--format", default="md", metavar="FORMAT", help="md (default), html, junit or json")
     made["compare"].add_argument("old", metavar="OLD", help="report.json of before, or its folder")
     made["compare"].add_argument("new", metavar="NEW", help="report.json of now, or its folder")
     made["compare"].add_argument("--format", default="md", metavar="FORMAT", help="md (default) or json")

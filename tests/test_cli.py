@@ -102,7 +102,7 @@ def test_a_green_run_exits_0_and_leaves_three_reports(m3check: Main, monkeypatch
     assert out.startswith("# m3check sm100: green")
     assert "Nothing here ran on sm100 hardware" in out
     assert err.splitlines()[-1] == "m3check: exit 0: 1 results, none red; report: reports/sm100/report.md"
-    assert sorted(p.name for p in Path("reports/sm100").iterdir()) == ["junit.xml", "report.json", "report.md"]
+    assert sorted(p.name for p in Path("reports/sm100").iterdir()) == ["junit.xml", "report.html", "report.json", "report.md"]
     assert jsonfile.read("reports/sm100").exit.code == 0
 
 
@@ -269,7 +269,7 @@ def test_with_no_disk_at_all_the_record_goes_to_stdout(m3check: Main, monkeypatc
         ("list --arch sm100 --format tabel", "unknown format 'tabel'; did you mean table?"),
         ("archs --explain sm42", "unknown arch 'sm42'"),
         ("show nowhere", "cannot be read"),
-        ("show nowhere --format html", "html is not available in this version"),
+        ("show nowhere --format htm", "unknown format 'htm'; did you mean html?"),
         ("compare a", "NEW"),
         ("compare a b c", "unrecognized arguments: c"),
         ("compare a b --growth 0.5", "--growth 0.5 is no growth"),

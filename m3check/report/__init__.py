@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m3check.report import jsonfile, junit, markdown, matrix
+from m3check.report import html, jsonfile, junit, markdown, matrix
 from m3check.types import M3CheckError, Record
 
 
@@ -29,6 +29,7 @@ RENDERERS: tuple[Format, ...] = (  # the record first: where the disk fills, the
     Format("json", "report.json", jsonfile.dumps, matrix.as_json),
     Format("md", "report.md", markdown.render, matrix.render),
     Format("junit", "junit.xml", lambda record: junit.render([record]), junit.render),
+    Format("html", "report.html", lambda record: html.render([record]), html.render),
 )
 
 FORMATS: Mapping[str, Format] = {each.word: each for each in RENDERERS}
@@ -38,12 +39,10 @@ FILES: Mapping[str, str] = {each.word: each.file for each in RENDERERS if each.f
 
 
 def check_format(format: str) -> None:
-    """Raise M3CheckError for a format that is unknown, or not there yet."""
+    """Raise M3CheckError for a format that is unknown."""
     known = ", ".join(FORMATS)
     if format in FORMATS:
         return
-    if format == "html":
-        raise M3CheckError(f"--format html is not available in this version; formats: {known}")
     close = difflib.get_close_matches(format, FORMATS, n=1)
     guess = f"did you mean {close[0]}? Known: " if close else "known: "
     raise M3CheckError(f"unknown format {format!r}; {guess}{known}")

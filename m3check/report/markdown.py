@@ -21,7 +21,7 @@ from m3check.report.tables import (
     ratio,
     table,
 )
-from m3check.report.tally import GATE, breaches, red_word, strict
+from m3check.report.tally import GATE, breaches, red_word, strict, verdict
 from m3check.types import Finding, Record, Result, Status
 
 DETAILED = 40
@@ -50,8 +50,7 @@ def render(record: Record) -> str:
 
 def head(record: Record) -> str:
     """Arch, verdict, evidence and machine; for anything but a run on the hardware, plainly that it was none."""
-    verdict = {0: "green", 1: "RED", 2: "interrupted", 5: "nothing ran"}.get(record.exit.code, "broken off")
-    lines = [f"# m3check {record.arch}: {verdict}", "", f"Exit {record.exit.code}: {cell(record.exit.reason)}.", ""]
+    lines = [f"# m3check {record.arch}: {verdict(record)}", "", f"Exit {record.exit.code}: {cell(record.exit.reason)}.", ""]
     return "\n".join([*lines, evidence_sentence(record)])
 
 

@@ -33,6 +33,11 @@ def red_word(result: Result, strict: bool) -> str:
     return ""
 
 
+def verdict(record: Record) -> str:
+    """The exit code in a word or two."""
+    return {0: "green", 1: "RED", 2: "interrupted", 5: "nothing ran"}.get(record.exit.code, "broken off")
+
+
 def strict(record: Record) -> bool:
     """Whether the run was asked to be strict, so that reports call red what made its exit code."""
     return "--strict" in record.command.split() or bool(record.environment.get("strict"))
