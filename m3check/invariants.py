@@ -106,7 +106,7 @@ def _tiled(case: Case) -> bool:
     scoring = case.op in ("index_score", "index_decode_score")
     rows = max(case.query_lens, default=0) if scoring else case.total_queries
     wide = case.topk >= 4 if case.op in ATTEND else case.block_columns > 16
-    return rows * case.kv_heads > (16 if scoring else 2) and wide
+    return rows * case.kv_heads > (16 if scoring else 4) and wide
 
 
 def _long(case: Case) -> bool:

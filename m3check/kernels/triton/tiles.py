@@ -114,7 +114,7 @@ CHOICES = (
             score_rows=lambda rows, dtype: 16,
             score_keys=lambda dtype: 32,
             attention_keys=lambda dtype: 32,
-            selection=lambda columns, rows: (4, 16),
+            selection=lambda columns, rows: (2, 16),
             head_tile=lambda: 4,
         ),
     ),
