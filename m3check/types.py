@@ -57,7 +57,7 @@ ODD_SCORES = frozenset({"nan", "mostly_nan", "infinite", "negative_zero", "huge"
 not, `huge` where a score is 1e29 or more and so outranks forcing."""
 
 Evidence = Literal["device", "interpreted", "compiled"]
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "mixed"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,14 @@ OPS: Mapping[str, Op] = {
             ("index_score", "index_topk", "sparse_attn"),
         ),
         Op("decode", "decode", ("ids", "out"), "score and select, attend", ("index_decode", "sparse_attn_decode")),
+        Op(
+            "indexer",
+            "mixed",
+            ("ids", "out"),
+            "a mixed batch through one layer: metadata, decoded and prefilled rows in one id buffer, attention reading it",
+            ("index_decode", "index_score", "index_topk", "sparse_attn_decode", "sparse_attn"),
+            family="indexer",
+        ),
     )
 }
 
@@ -171,7 +179,8 @@ class Case:
     ids: str = "full"
     """Id lists given to attention: `full`, `ascending`, `short`, `holes`, `future` (see cases/selections.py)."""
     max_query_len: int = 0
-    """Decode: the longest query length that a captured graph provides for; 0 means the batch's own."""
+    """Decode: the longest query length that a captured graph provides for; 0 means the batch's own. In a mixed batch
+    (`indexer`): the longest query that counts as a decode; 0 means 1."""
     layer: str = "sparse"
     """Of an insert: `sparse`, `dense` (no index branch, nothing inserted) or `skip_index` (an index branch left alone)."""
     queries: str = "out"
@@ -183,6 +192,14 @@ class Case:
     def heads(self) -> int:
         """Query heads in all."""
         return self.kv_heads * self.gqa
+
+    @property
+    def decodes(self) -> int:
+        """Requests of a mixed batch that are decoded: the leading ones as long as the first, if that is a decode's length."""
+        first = self.query_lens[0]
+        if first > max(self.max_query_len, 1):
+            return 0
+        return next((i for i, length in enumerate(self.query_lens) if length != first), len(self.query_lens))
 
     @property
     def total_queries(self) -> int:

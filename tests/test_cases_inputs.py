@@ -13,7 +13,7 @@ from m3check.cases.selections import visible_blocks
 from m3check.cases.stream import Stream, normal_quantiles
 from m3check.cases.validity import is_fp8, reads_main_cache
 from m3check.paging import torch_dtype, words
-from m3check.types import BLOCK, OPS, blocks
+from m3check.types import BLOCK, OPS, SPARSE, blocks
 
 
 def tensors(inputs):
@@ -76,7 +76,7 @@ def test_the_table_of_quantiles_is_what_it_always_was():
     assert (table == -table[::-1]).all()
 
 
-@pytest.mark.parametrize("case", tier("smoke"), ids=case_id)
+@pytest.mark.parametrize("case", tier("smoke", SPARSE), ids=case_id)
 def test_inputs_have_the_shapes_and_dtypes_of_the_contract(case):
     inputs, t, n = make_inputs(case), case.total_queries, case.total_tokens
     index_query, index_key = index_dtypes(case)

@@ -10,7 +10,7 @@ import pytest
 import m3check
 from m3check.cases import FILLS, TIERS, case_cost, case_id, complaint, cost, production, shard, tier, weight
 from m3check.cases.axes import often_refused, point
-from m3check.types import BLOCK, DTYPES, OPS, Case, M3CheckError, blocks
+from m3check.types import BLOCK, DTYPES, OPS, SPARSE, Case, M3CheckError, blocks
 
 
 def test_smoke_is_within_ci_within_full():
@@ -36,7 +36,7 @@ def test_smoke_has_every_op_dtype_scale_layout_list_and_fill():
     assert {case.layout for case in cases} == {"hnd", "nhd", "pool"}
     assert {case.ids for case in cases} == {"full", "ascending", "short", "holes", "future"}
     assert {case.cache_dtype for case in cases} >= {word for word in DTYPES if not word.endswith("fnuz")}
-    for op in OPS:
+    for op in SPARSE:
         if OPS[op].phase == "decode":
             assert any(min(case.kv_lens) == 0 for case in cases if case.op == op), f"{op} has no dead row"
 
@@ -47,7 +47,7 @@ def is_real(case: Case) -> bool:
 
 
 def test_the_models_own_shape_is_tried():
-    for op in OPS:
+    for op in SPARSE:
         assert any(is_real(case) for case in tier("smoke", [op])), f"{op} never has M3's shape in smoke"
     assert sum(is_real(case) for case in tier("ci")) >= 12
     assert sum(is_real(case) for case in tier("ci", ["sparse_attn", "sparse_attn_decode", "prefill", "decode"])) >= 12
@@ -56,7 +56,7 @@ def test_the_models_own_shape_is_tried():
 @pytest.mark.parametrize("name", ["smoke", "ci", "full"])
 def test_most_cases_have_more_visible_blocks_than_topk(name):
     """Otherwise every block is taken and a selection that ignores the scores passes."""
-    cases = [case for case in tier(name) if "reach" in point(case)]
+    cases = [case for case in tier(name, SPARSE) if "reach" in point(case)]
     chosen = [case for case in cases if case.block_columns > case.topk]
     twice = [case for case in cases if case.block_columns >= 2 * case.topk]
     assert len(chosen) > 0.6 * len(cases)
@@ -72,7 +72,7 @@ def test_lengths_stand_at_block_edges_and_some_do_not():
 def test_cases_that_providers_often_refuse_are_few():
     """Three heads where one tile holds all heads, and the fp8 dialects of a single target."""
     for name, share in (("ci", 0.02), ("full", 0.2)):
-        cases = tier(name)
+        cases = tier(name, SPARSE)
         heads = [case for case in cases if often_refused(case.op, "kv_heads", case.kv_heads)]
         refused = [case for case in cases if any(often_refused(case.op, *item) for item in point(case).items())]
         assert len(heads) < 0.1 * len(cases)
@@ -81,7 +81,7 @@ def test_cases_that_providers_often_refuse_are_few():
 
 def test_full_goes_to_a_million_tokens():
     longest = [case for case in tier("full") if case.context >= 2**20 - 256]
-    assert {case.op for case in longest} == set(OPS)
+    assert {case.op for case in longest} >= set(SPARSE)
     keys = [case for case in tier("full") if case.context >= 131_000 and case.op != "index_topk"]  # which has scores only
     assert len(keys) < 40
 
@@ -143,5 +143,5 @@ def test_reading_tiers_imports_neither_torch_nor_numpy():
 
 
 def test_ragged_batches_mix_block_counts():
-    ragged = [case for case in tier("full") if point(case)["mix"] == "ragged" and len(case.kv_lens) > 2]
+    ragged = [case for case in tier("full", SPARSE) if point(case)["mix"] == "ragged" and len(case.kv_lens) > 2]
     assert sum(len({blocks(n) for n in case.kv_lens}) > 1 for case in ragged) > 0.8 * len(ragged)

@@ -15,7 +15,7 @@ import torch
 from simulate import Style
 
 from m3check import cases
-from m3check.types import OPS, Status
+from m3check.types import OPS, SPARSE, Status
 
 STYLES = (
     Style(),
@@ -45,7 +45,7 @@ def outputs(problem, style: Style, turn: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SPARSE)
 def test_right_kernels_pass_a_whole_tier(op):
     seed = int(os.environ.get("M3CHECK_SEED", "1"))
     worst: dict[str, tuple[float, str]] = defaultdict(lambda: (0.0, ""))

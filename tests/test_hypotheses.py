@@ -12,7 +12,7 @@ import torch
 from m3check import api, cases, power, reference
 from m3check.hypotheses import HYPOTHESES, named, touching
 from m3check.hypotheses.geometry import EARLIER, LATER, UNMASKED
-from m3check.types import OPS, Inputs, Result, Status
+from m3check.types import SPARSE, Inputs, Result, Status
 
 ATTEND = "sparse_attn_decode/q=3x2,kv=700+514,h=2,g=2,d=64,topk=3,cache=fp8_e4m3fn,scale=token,ids=short"
 SCORE = "index_decode_score/q=3x2,kv=514+385,h=2,d=64,init=1,dtype=fp8_e4m3fn,cache=fp8_e4m3fn"
@@ -159,20 +159,20 @@ def test_choosing_among_equals_is_no_defect():
 
 def test_smoke_and_ci_are_listed_and_conclusive():
     listed = power.table()
-    missing = [case for tier in ("smoke", "ci") for case in cases.tier(tier) if cases.case_id(case) not in listed]
+    missing = [case for tier in ("smoke", "ci") for case in cases.tier(tier, SPARSE) if cases.case_id(case) not in listed]
     assert not missing, f"{len(missing)} cases are not in the table: python -m m3check.power"
     doubts = {name: doubt for name, states in listed.items() if (doubt := power.judged(states))}
     assert not doubts
 
 
 def test_the_table_has_every_hypothesis_seen_by_a_case_of_smoke():
-    states = [power.table()[cases.case_id(case)] for case in cases.tier("smoke")]
+    states = [power.table()[cases.case_id(case)] for case in cases.tier("smoke", SPARSE)]
 
     for h in HYPOTHESES:
         assert any(found.get(h.name) == "seen" for found in states), h.name
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", SPARSE)
 def test_the_table_says_what_is_worked_out_anew(op):
     listed = sorted(name for name in power.table() if name.startswith(f"{op}/"))
     small = [name for name in listed if power.work(cases.parse_id(name)) < 1.5e6]

@@ -55,8 +55,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
         tensors["k"] = draw("k", (tokens, heads, dim), case.cache_dtype)
         tensors["v"] = draw("v", (tokens, heads, dim), case.cache_dtype)
         if is_fp8(case.cache_dtype):
-            tensors["k_scale"] = _scale(case, name, "k", device)
-            tensors["v_scale"] = _scale(case, name, "v", device)
+            tensors["k_scale"] = scale(case, name, "k", device)
+            tensors["v_scale"] = scale(case, name, "v", device)
         if not chain:
             ids = SELECTIONS[case.ids](case, Stream(f"{name}#ids"))
             tensors["topk_idx"] = torch.from_numpy(ids).to(torch.int32).to(device)
@@ -74,7 +74,7 @@ _TOKEN_PRIMES = {"k": (611953, 263071), "v": (420241, 750019)}
 """What one token and one head further add: neighbours differ by a lot, and keys differ from values."""
 
 
-def _scale(case: Case, name: str, which: str, device: torch.device | str) -> Tensor | None:
+def scale(case: Case, name: str, which: str, device: torch.device | str) -> Tensor | None:
     """Scales in fp32, none of them 1 or a power of two: k below 1 and v above for `scalar`, all distinct for `token`."""
     start = key(f"{name}#{which}_scale")
     if case.scales == "scalar":

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.checks import accesses, attention, edges, finite, inserted, integrity, probes, scores, selection
+from m3check.checks import accesses, attention, edges, finite, inserted, integrity, mixed, probes, scores, selection
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.types import OPS, Finding, Inputs, Outputs, Status
@@ -35,6 +35,12 @@ class Check:
 
 
 CHECKS: tuple[Check, ...] = (
+    Check("metadata", "", "a batch split or counted wrongly, row starts not rebased, lengths in memory that moves",
+          "attributes by other names", mixed.check_metadata),
+    Check("handover", "", "ids handed over in other rows, in another layout, or outside the persistent buffer",
+          "implementations that return nothing", mixed.check_handover),
+    Check("waits", "", "host code of a decode batch that waits for the device", "waits inside kernels and libraries",
+          mixed.check_waits),
     Check("finite_score", "score", "NaN, unwritten or overflown cells", "finite wrong values", finite.check_scores),
     Check("edges", "score", "which key gave a block its maximum (fill=edge_up, edge_down)", "keys inside a block",
           edges.check_edges),

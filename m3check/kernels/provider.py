@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from m3check.arch import Arch
 from m3check.types import OPS, Case, Evidence, Kernel
@@ -101,7 +102,7 @@ def with_chains(kernels: Mapping[str, Kernel], missing: Mapping[str, str]) -> tu
             all_missing[op.name] = f"the chain {op.name} needs {', '.join(lacking)}: {reasons}"
             continue
         parts = {part: kernels[part] for part in op.chain}
-        select, attend = parts[op.chain[-2]], parts[op.chain[-1]]
+        select, attend = parts[next(part for part in op.chain if "ids" in OPS[part].outputs)], parts[op.chain[-1]]
         profile = replace(
             attend.profile,
             id_order=select.profile.id_order,
@@ -111,7 +112,12 @@ def with_chains(kernels: Mapping[str, Kernel], missing: Mapping[str, str]) -> tu
             dead_ids=select.profile.dead_ids,
         )
         name = " + ".join(part.name for part in parts.values())
-        all_kernels[op.name] = Kernel(attend.provider, op.name, name, profile, _by_parts, parts)
+        function: Callable[..., Any] = _by_parts
+        if op.phase == "mixed":
+            from m3check.kernels.composed import ComposedMaker
+
+            function = ComposedMaker(parts)
+        all_kernels[op.name] = Kernel(attend.provider, op.name, name, profile, function, parts)
     return all_kernels, all_missing
 
 

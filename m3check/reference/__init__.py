@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from m3check.reference.batch import NAMES
 from m3check.reference.chains import decode, prefill
 from m3check.reference.dequantise import dequantised
 from m3check.reference.index_decode import index_decode
 from m3check.reference.index_decode_score import index_decode_score
 from m3check.reference.index_score import index_score
 from m3check.reference.index_topk import index_topk
+from m3check.reference.indexer import indexer
 from m3check.reference.sparse_attn import sparse_attn
 from m3check.reference.sparse_attn_decode import sparse_attn_decode
 from m3check.types import Inputs, M3CheckError, Outputs
@@ -30,6 +32,7 @@ __all__ = [
     "index_decode_score",
     "index_score",
     "index_topk",
+    "indexer",
     "prefill",
     "sparse_attn",
     "sparse_attn_decode",
@@ -48,6 +51,11 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
         decode,
         "idx_q idx_k q k v requests topk init_blocks local_blocks sm_scale dtype",
         "score plain_score ids out lse",
+    ),
+    "indexer": (
+        indexer,
+        "idx_q idx_k q k v requests max_query_len topk init_blocks local_blocks sm_scale dtype",
+        f"score plain_score ids out lse {' '.join(NAMES)}",
     ),
 }
 

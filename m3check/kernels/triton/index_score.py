@@ -49,13 +49,19 @@ def index_score(
     max_query_len: int,
     max_seq_len: int,
     num_kv_heads: int,
+    score_out: Tensor | None = None,
 ) -> Tensor:
-    """Scores [H, T, K], K = blocks(max_seq_len) rounded up to 16; cells of invisible blocks are -inf or unwritten."""
+    """Scores [H, T, K] in `score_out` (K columns or more) or a new tensor, K = blocks(max_seq_len) rounded up to 16.
+
+    Cells of invisible blocks are -inf or unwritten.
+    """
     tokens, heads, dim = idx_q.shape
     if heads != num_kv_heads:
         raise ValueError(f"idx_q has {heads} heads, wanted num_kv_heads = {num_kv_heads}")
     columns = -(-max(1, blocks(max_seq_len)) // 16) * 16
-    score = torch.empty(heads, tokens, columns, dtype=torch.float32, device=idx_q.device)
+    score = score_out
+    if score is None:
+        score = torch.empty(heads, tokens, columns, dtype=torch.float32, device=idx_q.device)
     requests = block_table.shape[0]
     if tokens == 0 or requests == 0:
         return score
