@@ -17,8 +17,9 @@ from pathlib import Path
 from m3check.arch import Arch
 from m3check.kernels import reading
 from m3check.kernels.contract import SIGNATURES
+from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.locate import TREE, Source, locate
-from m3check.kernels.provider import Loaded, Spec, cannot_compile, with_chains
+from m3check.kernels.provider import Loaded, Spec, cannot_compile, index_dtypes, with_chains
 from m3check.kernels.reading import PREFIX, Reading
 from m3check.types import ODD_SCORES, OPS, Case, Evidence, Kernel, M3CheckError, Profile
 
@@ -71,7 +72,10 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
     if source is None:
         return cannot_compile(case, arch, evidence)
     choices, missing = choose(source, arch)
+    paired = production.there(source.folder, source.version, arch, evidence)
     for op in OPS[case.op].chain or (case.op,):
+        if paired and production.takes(op, case):
+            continue
         if op in missing:
             return missing[op]
         if case.scales != "none" and op.startswith("sparse_attn") and "k_scale" not in choices[op].reading.parameters:
@@ -103,7 +107,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
             spec.text, op, choice.reading.function, _profile(op, choice, arch), world.inside(function, **unknown)
         )
     all_kernels, all_missing = with_chains(kernels, missing)
-    return Loaded(
+    loaded = Loaded(
         spec,
         all_kernels,
         all_missing,
@@ -112,6 +116,8 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         functools.partial(_refusal, choices, arch, evidence),
         world.dependent_launch if arch.pdl else None,
     )
+    paired = production.there(source.folder, source.version, arch, evidence)
+    return production.with_msa(loaded, source.folder) if paired else loaded
 
 
 def _dependent_launch_runs() -> bool:
@@ -189,11 +195,7 @@ def _refusal(choices: Mapping[str, Choice], arch: Arch, evidence: Evidence, op: 
 
 def _mixed(found: Reading, case: Case) -> str | None:
     """Index queries and keys of different dtypes: only fp8 beside bf16, and only where the kernel widens it."""
-    if OPS[case.op].chain:
-        keys = case.index_cache_dtype
-        queries = keys if keys.startswith("fp8") else case.dtype
-    else:
-        queries, keys = case.dtype, case.cache_dtype
+    queries, keys = index_dtypes(case)
     if queries == keys:
         return None
     plain = [dtype for dtype in (queries, keys) if not dtype.startswith("fp8")]
@@ -223,7 +225,10 @@ def _description(source: Source, choices: Mapping[str, Choice], arch: Arch) -> d
 
 
 def _family_100() -> str:
-    return "on this target production runs fmha_sm100 and CuteDSL kernels for topk 16; these are the Triton ones"
+    return (
+        "on this target production runs fmha_sm100 and CuteDSL kernels for topk 16; these are the Triton ones. An "
+        "installed vLLM on such a GPU (--kernels vllm) gives both as production does"
+    )
 
 
 def _import_failure(source: Source, module: str, error: Exception) -> str:
