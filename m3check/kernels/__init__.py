@@ -37,6 +37,14 @@ PROVIDERS: tuple[Provider, ...] = (
         "m3check.kernels.sglang",
     ),
     Provider(
+        "fmha_sm100",
+        ("fmha_sm100", "fmha_sm100:PATH"),
+        "MSA's CUTLASS and CuteDSL kernels for SM100 and SM103, which production runs there: of an installed vLLM or MSA, or "
+        "at PATH (a checkout of MiniMax's MSA, a folder that holds vllm/)",
+        "an SM100 or SM103 GPU, vLLM or MSA, nvcc",
+        "m3check.kernels.fmha_sm100",
+    ),
+    Provider(
         "user",
         ("./file.py", "package.module"),
         "your own kernels: functions named like the ops (see m3check kernels --signatures)",
@@ -47,6 +55,9 @@ PROVIDERS: tuple[Provider, ...] = (
 
 _PUBLISHED: Mapping[str, Project] = {project.name: project for project in (VLLM, SGLANG)}
 """Providers that may be named by a version or by a path."""
+
+_LIBRARIES = frozenset({"fmha_sm100"})
+"""Providers that are installed, or named by a path."""
 
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
@@ -69,6 +80,11 @@ def parse_spec(text: str) -> Spec:
         return Spec(text, name, path=_absolute(path))
     if text == "triton" or text in _PUBLISHED:
         return Spec(text, text)
+    name, colon, path = text.partition(":")
+    if name in _LIBRARIES:
+        if colon and not path:
+            raise M3CheckError(f"'{name}:' lacks a path: {name}:PATH names a checkout or a site-packages folder")
+        return Spec(text, name, path=_absolute(path) if colon else "")
     if text.endswith(".py") or "/" in text or os.sep in text:
         return Spec(text, "user", path=_absolute(text))
     if _MODULE.fullmatch(text):
