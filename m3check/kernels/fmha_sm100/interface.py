@@ -1,0 +1,75 @@
+"""The functions of fmha_sm100, and of vLLM beside it, that the adapters call; importing them compiles nothing yet."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from m3check.kernels.fmha_sm100.locate import VENDORED, Found
+
+Function = Callable[..., Any]
+
+_HERE: Mapping[str, tuple[str, str]] = {  # field: (module of the package, function)
+    "plan": ("api", "_fmha_sm100_plan"),
+    "run": ("api", "_fmha_sm100"),
+    "select": ("api", "sparse_topk_select"),
+    "build_csr": ("sparse", "build_k2q_csr"),
+    "attend": ("sparse", "sparse_atten_func"),
+}
+
+_VLLM = "vllm.models.minimax_m3.nvidia"
+
+_BESIDE: Mapping[str, tuple[str, str]] = {  # field: (module of vLLM, function)
+    "decode_score": (f"{_VLLM}.ops.index_decode_score", "minimax_m3_index_decode_score_cutedsl"),
+    "prepare_decode": (f"{_VLLM}.msa_cutlass_sparse_decode", "prepare_decode_metadata"),
+    "attend_decode": (f"{_VLLM}.msa_cutlass_sparse_decode", "msa_cutlass_sparse_decode"),
+}
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What there is of it; a function that is not there is None and has a sentence in `absent`."""
+
+    plan: Function | None = None
+    run: Function | None = None
+    select: Function | None = None
+    build_csr: Function | None = None
+    attend: Function | None = None
+    decode_score: Function | None = None
+    prepare_decode: Function | None = None
+    attend_decode: Function | None = None
+    absent: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: object) -> Interface:
+        """From anything that has the functions by their own names, such as a model of them."""
+        names = {name: function for name, (_, function) in {**_HERE, **_BESIDE}.items()}
+        held = {name: getattr(module, function, None) for name, function in names.items()}
+        return cls(**held, absent={name: f"there is no {names[name]}" for name, f in held.items() if f is None})
+
+    def lacking(self, *names: str) -> str | None:
+        """Why one of some functions is not there; None where all are."""
+        return next((self.absent.get(name, f"there is no {name}") for name in names if getattr(self, name) is None), None)
+
+
+def imported(found: Found) -> Interface:
+    """Import what a package has; what does not import is absent, and its sentence says why."""
+    if found.path and found.path not in sys.path:
+        sys.path.insert(0, found.path)
+    sources = {name: (f"{found.package}.{module}", function) for name, (module, function) in _HERE.items()}
+    absent: dict[str, str] = {}
+    if found.package == VENDORED:
+        sources |= _BESIDE
+    else:
+        absent = {name: f"{function} is vLLM's ({module}), and not in MSA" for name, (module, function) in _BESIDE.items()}
+    held: dict[str, Function] = {}
+    for name, (module, function) in sources.items():
+        try:
+            held[name] = getattr(importlib.import_module(module), function)
+        except (Exception, SystemExit) as error:
+            absent[name] = f"{module}.{function} does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+    assert held.keys() <= {each.name for each in fields(Interface)}
+    return Interface(**held, absent=absent)

@@ -1,0 +1,264 @@
+"""The adapters to fmha_sm100 and what vLLM has beside it, on a torch model of that interface: right ones green, wrong ones red."""
+
+from __future__ import annotations
+
+import pytest
+from fake_fmha_sm100 import Model
+from torch_kernels import RIGHT as RIGHT_TORCH
+
+from m3check import cases, power, runner
+from m3check.arch import ARCHS
+from m3check.kernels import fmha_sm100
+from m3check.kernels.fmha_sm100 import production
+from m3check.kernels.fmha_sm100.interface import Interface
+from m3check.kernels.provider import Loaded, Spec, with_chains
+from m3check.types import Kernel, PlanLine, Profile, Status
+
+SPEC = Spec("fmha_sm100", "fmha_sm100")
+
+SCORE = "index_score/q=3+2,kv=300+2177,h=2"
+FP8_SCORE = "index_score/q=2,kv=700,h=2,dtype=fp8_e4m3fn,cache=fp8_e4m3fn"
+TOPK = "index_topk/q=2+1,kv=2690+300,h=2,init=1,local=2"
+DECODE_SCORE = "index_decode_score/q=2x2,kv=300+1,h=2,init=1"
+DECODE = "index_decode/q=2x2,kv=2433+300,h=2,mq=4"
+PADDED = "index_decode/q=1x2,kv=2305+0,h=2"
+ATTEND = "sparse_attn/q=3+2,kv=1409+300,h=2,g=4,topk=4"
+FP8_ATTEND = "sparse_attn/q=3,kv=1409,h=2,g=4,topk=4,cache=fp8_e4m3fn,ids=short"
+CUTLASS = "sparse_attn_decode/q=1x16,kv=2177+129x15,h=1,g=2,cache=fp8_e4m3fn,scale=scalar,ids=ascending"
+PREFILL = "prefill/q=2,kv=2305,h=2,g=2"
+
+
+@pytest.fixture(autouse=True)
+def _power(monkeypatch):
+    """What a case could see belongs to the case, not to the kernels that are tested here."""
+    monkeypatch.setattr(power, "doubt", lambda case, device: None)
+
+
+def session(model):
+    """A provider of adapters to a model."""
+    made, missing = fmha_sm100.adapted(Interface.of(model), SPEC.text)
+    every, missing = with_chains(made, missing)
+    return runner.Session(ARCHS["sm100"], "interpreted", "cpu", Loaded(SPEC, every, missing, refusal=fmha_sm100.refusal))
+
+
+def run(model, case, names=()):
+    parsed = cases.parse_id(case)
+    return runner.run_one(parsed, session(model), PlanLine(case, parsed.op, SPEC.text, "interpreted", None, names), "")
+
+
+def red(result):
+    return {finding.check for finding in result.findings if finding.status is Status.FAILED}
+
+
+RIGHT = [SCORE, FP8_SCORE, TOPK, DECODE_SCORE, DECODE, PADDED, ATTEND, FP8_ATTEND, CUTLASS, PREFILL]
+
+
+@pytest.mark.parametrize("case", RIGHT)
+def test_the_right_model_passes_all_checks(case):
+    result = run(Model(), case)
+    assert result.status is Status.PASSED, result.reason
+    assert not red(result)
+
+
+class HeadMajor(Model):
+    """A buffer of tokens, heads, tiles read as one of heads, tiles, tokens."""
+
+    def laid_out(self, max_score, t, h, k):
+        return max_score.reshape(h, k, t).permute(2, 0, 1)
+
+
+class LaterToken(Model):
+    def last_position(self, offset, i):
+        return offset + i + 1
+
+
+class WithoutOffset(Model):
+    """Queries taken for the first of their request."""
+
+    def last_position(self, offset, i):
+        return i
+
+
+class FirstRequestsPages(Model):
+    def pages_of(self, plan, kv_indices, request):
+        return kv_indices[: plan["kv_page_indptr"][request + 1] - plan["kv_page_indptr"][request]].long()
+
+
+class ByScore(Model):
+    def ordered(self, ids, score):
+        return ids
+
+
+class PageTooFew(Model):
+    def seen_pages(self, valid):
+        return max(1, valid - 1)
+
+
+class PageTooMany(Model):
+    def seen_pages(self, valid):
+        return valid + 1
+
+
+class HoleInTheMiddle(Model):
+    """The unused slots before the ids instead of after them."""
+
+    def padded(self, ids, topk):
+        return [-1] * (topk - len(ids)) + ids
+
+
+class NoLocal(Model):
+    def forced(self, score, valid, begin, end):
+        return super().forced(score, valid, begin, 0)
+
+
+class NoInit(Model):
+    def forced(self, score, valid, begin, end):
+        return super().forced(score, valid, 0, end)
+
+
+class SlotLost(Model):
+    """The last slot of each list dropped on the way into the CSR."""
+
+    def served(self, q2k):
+        kept = q2k >= 0
+        kept[..., -1] = False
+        return kept
+
+
+class EqualWeights(Model):
+    """Blocks merged without their log-sum-exps."""
+
+    def merged(self, partial, lse):
+        return partial.float().mean(0)
+
+
+class ScalesDropped(Model):
+    def decode_scales(self, k_scale, v_scale):
+        return 1.0, 1.0
+
+
+class ValueScaleDropped(Model):
+    def decode_scales(self, k_scale, v_scale):
+        return k_scale, 1.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "case", "check"),
+    [
+        (HeadMajor, SCORE, "score"),
+        (LaterToken, "index_score/q=2,kv=700,h=2,fill=edge_up", "score"),
+        (LaterToken, DECODE_SCORE, "invisible_score"),
+        (WithoutOffset, SCORE, "finite_score"),
+        (FirstRequestsPages, SCORE, "score"),
+        (ByScore, TOPK, "order"),
+        (ByScore, DECODE, "order"),
+        (PageTooFew, TOPK, "forced"),
+        (PageTooMany, TOPK, "ids"),
+        (PageTooMany, DECODE, "ids"),
+        (HoleInTheMiddle, TOPK, "ids"),
+        (NoLocal, "index_topk/q=4,kv=2690,h=2,init=1,local=2", "forced"),
+        (NoInit, "index_topk/q=4,kv=2690,h=2,init=3,local=1", "forced"),
+        (SlotLost, ATTEND, "token"),
+        (EqualWeights, ATTEND, "element"),
+        (EqualWeights, FP8_ATTEND, "element"),
+        (ScalesDropped, CUTLASS, "element"),
+        (ValueScaleDropped, CUTLASS, "element"),
+    ],
+)
+def test_a_model_with_a_plausible_mistake_is_red(wrong, case, check):
+    result = run(wrong(), case)
+    assert result.status is Status.FAILED, result.reason
+    assert check in red(result), red(result)
+
+
+# The dispatch as a whole: prefill by MSA, decode by Triton.
+
+
+def pair(model):
+    """A provider with production's pair: MSA where vLLM selects it, and plain torch functions in Triton's place."""
+    triton = {op: Kernel("vllm", op, f"minimax_m3_{op}", Profile(dequantise="rounded"), f) for op, f in RIGHT_TORCH.items()}
+    every, missing = with_chains(triton, {})
+    chosen = production.Dispatch.of(triton, Interface.of(model), "vllm")
+    loaded = Loaded(Spec("vllm", "vllm"), every, missing, produced=chosen.kernels)
+    return runner.Session(ARCHS["sm100"], "interpreted", "cpu", loaded)
+
+
+def run_pair(model, case, names=()):
+    parsed = cases.parse_id(case)
+    return runner.run_one(parsed, pair(model), PlanLine(case, parsed.op, "vllm", "interpreted", None, names), "")
+
+
+@pytest.mark.parametrize(
+    ("case", "kernel"),
+    [
+        ("index_score/q=2,kv=300,h=2", "fmha_sm100 OnlyScore"),
+        ("index_score/q=2,kv=300,h=2,d=64", "minimax_m3_index_score"),
+        ("index_score/q=2,kv=300,h=2,dtype=fp16,cache=fp16", "minimax_m3_index_score"),
+        ("index_topk/q=2,kv=300,h=2", "sparse_topk_select"),
+        ("index_topk/q=2,kv=300,h=2,topk=8", "minimax_m3_index_topk"),
+        ("index_decode_score/q=1,kv=300,h=2", "minimax_m3_index_decode_score_cutedsl"),
+        ("index_decode_score/q=1,kv=300,mq=9", "minimax_m3_index_decode_score"),
+        ("index_decode/q=1,kv=300,h=2", "minimax_m3_index_decode_score_cutedsl + sparse_topk_select"),
+        ("index_decode/q=1,kv=300,mq=9", "minimax_m3_index_decode_score + sparse_topk_select"),
+        ("index_decode/q=1,kv=300,h=2,topk=4", "minimax_m3_index_decode"),
+        ("sparse_attn/q=2,kv=300,h=2,g=2,topk=4", "sparse_atten_func"),
+        ("sparse_attn/q=2,kv=300,h=2,g=2,topk=5", "minimax_m3_sparse_attn"),
+        ("sparse_attn/q=2,kv=300,h=2,g=2,topk=4,cache=fp8_e5m2", "minimax_m3_sparse_attn"),
+        ("sparse_attn_decode/q=1,kv=300,h=2,g=2", "minimax_m3_sparse_attn_decode"),
+        ("prefill/q=1,kv=300,h=2,g=2,topk=4", "minimax_m3_index_score + minimax_m3_index_topk + sparse_atten_func"),
+    ],
+)
+def test_the_pair_has_the_kernel_that_production_selects(case, kernel):
+    parsed = cases.parse_id(case)
+    found = pair(Model()).loaded.kernel(parsed.op, parsed)
+    assert found.name == kernel
+
+
+def test_where_msa_does_not_import_triton_does_not_stand_in_for_it():
+    class Broken(Model):
+        sparse_atten_func = None
+
+    result = run_pair(Broken(), "sparse_attn/q=2,kv=300,h=2,g=2,topk=4")
+    assert result.status is Status.SKIPPED
+    found = pair(Broken()).loaded.kernel("sparse_attn", cases.parse_id("sparse_attn/q=2,kv=300,h=2,g=2,topk=5"))
+    assert found.name == "minimax_m3_sparse_attn"
+
+
+SAME = ("same_as_prefill",)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4",
+        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn",
+        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=5,cache=fp8_e4m3fn,scale=scalar",  # Triton does both
+        "index_decode_score/q=2x2,kv=300+500,h=2",
+        "decode/q=2,kv=2305,h=2,g=2",
+    ],
+)
+def test_prefill_and_decode_agree_where_scales_are_one(case):
+    result = run_pair(Model(), case, SAME)
+    assert result.status is Status.PASSED, result.reason
+    assert "same_as_prefill" in {finding.check for finding in result.findings}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=scalar",
+        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=token",
+        "decode/q=2,kv=2305,h=1,g=2,cache=fp8_e4m3fn,scale=scalar",
+    ],
+)
+def test_a_prefill_that_ignores_scales_is_found_beside_a_decode_that_does_not(case):
+    """vLLM 0.33.0 on SM100: sparse_atten_func is given no scales, minimax_m3_sparse_attn_decode multiplies by them."""
+    result = run_pair(Model(), case, SAME)
+    assert result.status is Status.FAILED, result.reason
+    assert red(result) == {"same_as_prefill"}
+
+
+def test_the_prefill_itself_is_red_on_a_scaled_cache():
+    result = run_pair(Model(), "sparse_attn/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=scalar")
+    assert result.status is Status.FAILED
+    assert "element" in red(result)
