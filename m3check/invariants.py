@@ -52,12 +52,17 @@ def _always(case: Case) -> bool:
     return True
 
 
+def _caches(case: Case) -> bool:
+    """A dense layer inserts nothing."""
+    return case.layer != "dense"
+
+
 def _tails(case: Case) -> bool:
-    return any(n % BLOCK for n in case.kv_lens)
+    return _caches(case) and any(n % BLOCK for n in case.kv_lens)
 
 
 def _pages(case: Case) -> bool:
-    return sum(-(-n // BLOCK) for n in case.kv_lens) > 2
+    return _caches(case) and sum(-(-n // BLOCK) for n in case.kv_lens) > 2
 
 
 def _several(case: Case) -> bool:
@@ -79,7 +84,7 @@ def _draft(case: Case) -> bool:
 
 
 def _live_rows(case: Case) -> bool:
-    return any(kv >= q > 0 for q, kv in zip(case.query_lens, case.kv_lens, strict=True))
+    return _caches(case) and any(kv >= q > 0 for q, kv in zip(case.query_lens, case.kv_lens, strict=True))
 
 
 def _rows(case: Case) -> bool:
@@ -103,6 +108,8 @@ def _telling(case: Case) -> bool:
 
 def _tiled(case: Case) -> bool:
     """More rows and blocks than the smallest tile of any kernel, so that its loops and grids have several steps."""
+    if case.op in INSERT:
+        return case.total_queries * case.kv_heads > 4
     scoring = case.op in ("index_score", "index_decode_score")
     rows = max(case.query_lens, default=0) if scoring else case.total_queries
     wide = case.topk >= 4 if case.op in ATTEND else case.block_columns > 16
@@ -122,6 +129,7 @@ INDEX = frozenset({"index_score", "index_decode_score", "index_decode"})
 SELECT = frozenset({"index_topk", "index_decode"})
 ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"})
 CHAINS = frozenset({"prefill", "decode"})
+INSERT = frozenset({"qknorm_rope_insert"})
 CACHED = INDEX | ATTEND
 SINGLE = CACHED | {"index_topk"}
 EVERY = SINGLE | CHAINS
@@ -131,15 +139,15 @@ DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
 
 INVARIANTS: tuple[Invariant, ...] = (
-    Invariant("poison", EVERY, _tails, "bytes that no live token owns enter the result, whatever they hold",
+    Invariant("poison", EVERY | INSERT, _tails, "bytes that no live token owns enter the result, whatever they hold",
               "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
               {"poison": "garbage"}),
-    Invariant("pages", CACHED | CHAINS, _pages, "page ids taken from an earlier call; arithmetic on page ids",
+    Invariant("pages", CACHED | CHAINS | INSERT, _pages, "page ids taken from an earlier call; arithmetic on page ids",
               "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
-    Invariant("strides", EVERY, _always, "strides that are assumed, of dimensions of size 1 too",
+    Invariant("strides", EVERY | INSERT, _caches, "strides that are assumed, of dimensions of size 1 too",
               "column strides of block tables, which are 1 everywhere", "memory.physical",
               {"layout": "other", "odd_strides": True}),
-    Invariant("far_pages", CACHED, _live_rows, "32-bit products of page id and stride",
+    Invariant("far_pages", CACHED | INSERT, _live_rows, "32-bit products of page id and stride",
               "offsets into other tensors", "memory.far_pages"),
     Invariant("far_rows", SINGLE, _rows, "32-bit products of query token and stride, in queries, ids, scores and outputs",
               "offsets of heads", "memory.far_rows"),
@@ -153,17 +161,17 @@ INVARIANTS: tuple[Invariant, ...] = (
               "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
     Invariant("future", (CACHED | CHAINS) - {"index_topk"}, _draft, "a token after the query's position enters the result",
               "tokens whose weight underflows", "content.future"),
-    Invariant("neighbours", SINGLE, _several, "another request's tokens or queries enter the result",
+    Invariant("neighbours", SINGLE | INSERT, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
-    Invariant("batch_order", SINGLE, _unlike, "state carried from one request to the next; fixed places in a batch",
+    Invariant("batch_order", SINGLE | INSERT, _unlike, "state carried from one request to the next; fixed places in a batch",
               "one order in which all is right", "batch.order"),
-    Invariant("head_order", SINGLE, _heads, "heads that are treated by their place", "gqa lanes within a KV head",
+    Invariant("head_order", SINGLE | INSERT, _heads, "heads that are treated by their place", "gqa lanes within a KV head",
               "batch.heads"),
-    Invariant("alone", EVERY, _several, "results that depend on the company of other requests", "batches of one",
+    Invariant("alone", EVERY | INSERT, _several, "results that depend on the company of other requests", "batches of one",
               "batch.alone"),
     Invariant("padded", DECODE, _live_rows, "padded rows (length 0) that change the rows of others",
               "what stands in the padded rows", "batch.padded"),
-    Invariant("empty", SINGLE, _always, "a batch without any query: a division by zero, a result of another shape",
+    Invariant("empty", SINGLE | INSERT, _always, "a batch without any query: a division by zero, a result of another shape",
               "batches with a query", "batch.empty", evidence=INTERPRETED),
     Invariant("chunked", PREFILL, _draft, "a prefix taken for queries; chunk boundaries inside a block",
               "boundaries at other places", "routes.chunked", calls=2),
@@ -179,12 +187,12 @@ INVARIANTS: tuple[Invariant, ...] = (
               "a first call", "state.sequence", calls=1.5),
     Invariant("other_local", SELECT | {"index_decode_score"}, _forced_room, "local_blocks kept from an earlier call",
               "a first call", "state.sequence", calls=1.5),
-    Invariant("repeat", EVERY, _always, "state between calls; on a device, races", "a race that never shows",
+    Invariant("repeat", EVERY | INSERT, _always, "state between calls; on a device, races", "a race that never shows",
               "state.sequence"),
     Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),
-    Invariant("tiles", SINGLE, _tiled, "loops and grids of several steps, where the interpreter's tiles take one",
+    Invariant("tiles", SINGLE | INSERT, _tiled, "loops and grids of several steps, where the interpreter's tiles take one",
               "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
     Invariant("graph", EVERY, _unlike, "lengths, tables or pointers frozen when a graph was captured",
               "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),

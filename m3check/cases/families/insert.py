@@ -130,7 +130,8 @@ def estimate(case: Case) -> Any:
     from m3check.cases.cost import CALL, DEVICE_CALL, DEVICE_VALUE, Estimate
 
     values = case.total_queries * (case.heads + 3 * case.kv_heads + 1) * case.head_dim
-    return Estimate(CALL + values * 1.5e-6, DEVICE_CALL + 20 * values * DEVICE_VALUE)
+    angles = case.context * ROTARY  # the table reaches to the longest position
+    return Estimate(CALL + values * 1.5e-6 + angles * 2e-8, DEVICE_CALL + (20 * values + angles) * DEVICE_VALUE)
 
 
 READS = frozenset(

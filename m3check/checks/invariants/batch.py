@@ -36,9 +36,18 @@ def heads(trial: Trial) -> list[Finding]:
         for name, tensor in changed.items()
         if tensor is not None and tensor.dim() > 0
     }
-    run = trial.call(replace(inputs, **turned), World())
-    back = {"score": (0, turn), "ids": (0, turn), "out": (1, lanes)}
-    outputs = {name: taken(tensor, back[name][1].argsort(), back[name][0]) for name, tensor in run.outputs.items()}
+    by = {"x_q": (1, lanes), **dict.fromkeys(("x_k", "x_v", "x_idx_q"), (1, turn))}
+    further = {
+        name: taken(tensor, by[name][1], by[name][0]) if name in by and tensor.numel() else tensor
+        for name, tensor in inputs.more.items()
+    }
+    run = trial.call(replace(inputs, more=further, **turned), World())
+    back = {"score": (0, turn), "ids": (0, turn), **dict.fromkeys(("out", "q", "q_codes"), (1, lanes))}
+    back |= dict.fromkeys(("k", "idx_q", "cached_k", "cached_v"), (1, turn))
+    outputs = {
+        name: taken(tensor, back[name][1].argsort(), back[name][0]) if name in back else tensor
+        for name, tensor in run.outputs.items()
+    }
     run = Run(outputs, run.guards, run.frozen, arithmetic=run.arithmetic)
     return [trial.same("head_order", "the heads stood in another order", run, bitwise=False)]
 

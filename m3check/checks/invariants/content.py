@@ -47,7 +47,8 @@ def neighbours(trial: Trial) -> list[Finding]:
     def queries(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else _mixed(tensor, ~rows)
 
-    inputs = replace(inputs, q=queries(inputs.q), idx_q=queries(inputs.idx_q))
+    fresh = {name: _mixed(x, ~rows) if name.startswith("x_") and x.numel() else x for name, x in inputs.more.items()}
+    inputs = replace(inputs, q=queries(inputs.q), idx_q=queries(inputs.idx_q), more=fresh)
     if inputs.scores is not None:
         visible = inputs.scores > -torch.inf
         inputs = replace(inputs, scores=torch.where(visible & ~rows[:, None], -inputs.scores, inputs.scores))

@@ -15,6 +15,10 @@ from m3check.paging import Run, words
 from m3check.types import Inputs, Request, blocks
 
 
+BY_TOKEN = frozenset({"x_q", "x_k", "x_v", "x_idx_q", "x_idx_k", "positions", "kept"})
+"""What of `Inputs.more` has an entry for each query token."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Queries `start` to `stop` of a request as a request of their own, which sees the first `kv_len` tokens."""
@@ -69,6 +73,7 @@ def assembled(inputs: Inputs, parts: Sequence[Part], **fields: Any) -> tuple[Inp
         k_scale=scale(inputs.k_scale),
         v_scale=scale(inputs.v_scale),
         topk_idx=None if ids is None else ids[:, rows],
+        more={name: tensor[rows] if name in BY_TOKEN else tensor for name, tensor in inputs.more.items()},
     )
     return made, rows
 

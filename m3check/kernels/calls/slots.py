@@ -172,8 +172,8 @@ def _rows(inputs: Inputs, case: Case, world: World) -> Cells:
         name = next(name for name, place in columns.items() if place.start <= head < place.stop)
         return f"{name} head {head - columns[name].start}, channel {channel} of token {at[0]}, which is to be left as it is"
 
-    rows = view.view(tokens, -1)
-    return Cells("qkv", backing, rows, rows, mine.view(tokens, -1), words)
+    rows = view.view(tokens, heads * case.head_dim)
+    return Cells("qkv", backing, rows, rows, mine.view(rows.shape), words)
 
 
 def _slots(few: Case, pages: Pages, kept: Tensor) -> Tensor:
@@ -207,12 +207,16 @@ def take(case: Case, buffers: Mapping[str, Any]) -> Taken:
     """
     found: dict[str, Tensor] = {}
     columns = parts(case)
-    qkv = buffers["qkv"].view.view(case.total_queries, -1, case.head_dim)
+
+    def heads(name: str) -> Tensor:
+        rows = buffers[name].view
+        return rows.view(len(rows), rows.shape[1] // case.head_dim, case.head_dim)
+
     for name in rewritten(case):
-        found[name] = qkv[:, columns[name]]
+        found[name] = heads("qkv")[:, columns[name]]
     for name, keyword in (("q", "q_out"), ("q_codes", "q_fp8_out"), ("idx_q", "index_q_out")):
         if keyword in buffers:
-            found[name] = buffers[keyword].view.view(case.total_queries, -1, case.head_dim)
+            found[name] = heads(keyword)
     if "kv_cache" in buffers:
         found["cached_k"], found["cached_v"] = buffers["kv_cache"].rows().split(case.head_dim, dim=-1)
     if "index_cache" in buffers:
