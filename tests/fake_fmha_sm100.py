@@ -1,6 +1,6 @@
-"""A torch model of fmha_sm100's interface and of vLLM's kernels beside it, written from what they document: never a provider.
+"""A torch model of fmha_sm100's interface and of vLLM's kernels beside it, written from what they document; no provider.
 
-`Model()` is right; wrong ones override a step of it. Every refusal that the real functions make by an assertion is here too,
+`Model()` is right; wrong ones override a step of it. The refusals that the real functions make by assertion are here too,
 so that an adapter that calls them wrongly is caught.
 """
 

@@ -1,4 +1,4 @@
-"""The adapters to fmha_sm100 and what vLLM has beside it, on a torch model of that interface: right ones green, wrong ones red."""
+"""The adapters to fmha_sm100 and to what vLLM has beside it, on a torch model of them: right ones green, wrong ones red."""
 
 from __future__ import annotations
 
