@@ -163,8 +163,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "tokens whose weight underflows", "content.future"),
     Invariant("neighbours", SINGLE | INSERT, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
-    Invariant("batch_order", SINGLE | INSERT, _unlike, "state carried from one request to the next; fixed places in a batch",
-              "one order in which all is right", "batch.order"),
+    Invariant("batch_order", SINGLE | INSERT, _unlike, "state carried from one request to the next; fixed places in a "
+              "batch", "one order in which all is right", "batch.order"),
     Invariant("head_order", SINGLE | INSERT, _heads, "heads that are treated by their place", "gqa lanes within a KV head",
               "batch.heads"),
     Invariant("alone", EVERY | INSERT, _several, "results that depend on the company of other requests", "batches of one",
