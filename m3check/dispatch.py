@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from m3check.types import OPS, Result, Status
+from m3check.types import OPS, PlanLine, Result, Status
 
 SOURCE = (
     "vLLM 0.24.0 … 0.33.0, models/minimax_m3/common/indexer.py (select_indexer_impl_cls) and common/sparse_attention.py "
-    "(select_main_backend_and_impl_cls)"
+    "(select_main_backend_and_impl_cls); sparse MLA and MQA logits by the wheels' files: their selectors were not read"
 )
 
 LATEST = (0, 33)
@@ -41,7 +41,9 @@ class Row:
     takes: Callable[[Axes], bool] = lambda axes: True
     """Whether results on a case with these axes are about it: `when`, as far as the op's own answer depends on it."""
     needs: str = ""
-    """What running it takes; empty where the provider `vllm` runs it; `{}` stands for the target."""
+    """What running it takes; `{}` stands for the target. Empty where the results of `provider` are about it in any case."""
+    provider: str = "vllm"
+    """Whose results are about it; of another than vllm only where there are any, else `needs` is told."""
     since: tuple[int, int] = OLDEST
     until: tuple[int, int] = (99, 0)
     """The last version with it."""
@@ -56,8 +58,16 @@ _COMMON = "models/minimax_m3/common/ops/index_topk.py"
 _COMMON_ATTN = "models/minimax_m3/common/ops/sparse_attn.py"
 _FMHA = "third_party/fmha_sm100"
 _AMD_INDEX = "models/minimax_m3/amd/ops/index_topk.py"
-_FAMILY = "needs {}"
+_LOGITS = ("mqa_logits", "paged_mqa_logits")
+_UNPUBLISHED = "Triton, of pull requests 38476 and 47629"
+_MLA = "v1/attention/backends/mla"
+_QKNORM = "needs vLLM installed on {}, with its compiled ops"
 _AITER = "needs an AMD GPU with AITER, which is not in the wheel"
+
+
+def _msa(**fields: Any) -> Row:
+    """An implementation of family 100, which the provider fmha_sm100 runs there."""
+    return Row(archs=_SM100, needs="needs {}", provider="fmha_sm100", **fields)
 
 
 def _not_topk(*sizes: int) -> Callable[[Axes], bool]:
@@ -74,22 +84,22 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("index_decode_score",), archs=_CUDA, name="Triton (common)", file=_COMMON, since=(0, 25)),
     Row(ops=("sparse_attn", "sparse_attn_decode"), archs=_CUDA, name="Triton (common)", file=_COMMON_ATTN),
     # Family 100: MSA where the list length allows it, else Triton.
-    Row(ops=("index_score",), archs=_SM100, name="fmha_sm100 OnlyScore", file=_FMHA, needs=_FAMILY, since=(0, 27),
+    _msa(ops=("index_score",), name="fmha_sm100 OnlyScore", file=_FMHA, since=(0, 27),
         when="topk 16, bf16 or fp8 index"),
-    Row(ops=("index_score",), archs=_SM100, name="fmha_sm100 OnlyScore", file=_FMHA, needs=_FAMILY, until=(0, 26),
+    _msa(ops=("index_score",), name="fmha_sm100 OnlyScore", file=_FMHA, until=(0, 26),
         when="topk 4, 8, 16 or 32"),
-    Row(ops=("index_topk",), archs=_SM100, name="fmha_sm100 sparse_topk_select", file=_FMHA, needs=_FAMILY, since=(0, 27),
+    _msa(ops=("index_topk",), name="fmha_sm100 sparse_topk_select", file=_FMHA, since=(0, 27),
         when="topk 16"),
-    Row(ops=("index_topk",), archs=_SM100, name="fmha_sm100 sparse_topk_select", file=_FMHA, needs=_FAMILY,
+    _msa(ops=("index_topk",), name="fmha_sm100 sparse_topk_select", file=_FMHA,
         since=(0, 25), until=(0, 26), when="topk 16 (4, 8 and 32 are admitted and fail)"),
     Row(ops=("index_topk",), archs=_SM100, name="Triton (common)", file=_COMMON, until=(0, 24)),
-    Row(ops=("index_decode_score",), archs=_SM100, name="CuteDSL score", needs=_FAMILY, since=(0, 26),
+    _msa(ops=("index_decode_score",), name="CuteDSL score", since=(0, 26),
         file="models/minimax_m3/nvidia/ops/index_decode_score.py",
         when="topk 16, index heads × queries ≤ 32"),
     Row(ops=("index_decode_score",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 26),
         when="topk other than 16, or index heads × queries > 32"),
     Row(ops=("index_decode_score",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 25), until=(0, 25)),
-    Row(ops=("index_decode",), archs=_SM100, name="score, then fmha_sm100 sparse_topk_select", file=_FMHA, needs=_FAMILY,
+    _msa(ops=("index_decode",), name="score, then fmha_sm100 sparse_topk_select", file=_FMHA,
         since=(0, 25), when="topk 16"),
     Row(ops=("index_decode",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 25),
         when="topk other than 16", takes=_not_topk(16)),
@@ -101,14 +111,14 @@ ROWS: tuple[Row, ...] = (
         when="topk other than 4, 8, 16, 32"),
     Row(ops=("index_topk",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 25), until=(0, 26),
         when="topk other than 4, 8, 16, 32", takes=_not_topk(4, 8, 16, 32)),
-    Row(ops=("sparse_attn",), archs=_SM100, name="fmha_sm100 sparse_atten_func", file=_FMHA, needs=_FAMILY,
+    _msa(ops=("sparse_attn",), name="fmha_sm100 sparse_atten_func", file=_FMHA,
         when="topk 4, 8, 16 or 32, cache not fp8_e5m2"),
     Row(ops=("sparse_attn",), archs=_SM100, name="Triton (common)", file=_COMMON_ATTN,
         when="other topk, or an fp8_e5m2 cache", takes=lambda axes: not _attends_in_msa(axes)),
     Row(ops=("sparse_attn",), archs=_SM100, name="fmha_sm100 sparse_atten_nvfp4_kv_func", file=_FMHA, since=(0, 32),
-        needs=_FAMILY, when="NVFP4 cache, which no case has"),
+        needs="needs {} and NVFP4 caches", when="NVFP4 cache, which no case has"),
     Row(ops=("sparse_attn_decode",), archs=_SM100, name="Triton (common)", file=_COMMON_ATTN),
-    Row(ops=("sparse_attn_decode",), archs=_SM100, name="CUTLASS msa_cutlass_sparse_decode", needs=_FAMILY, since=(0, 27),
+    _msa(ops=("sparse_attn_decode",), name="CUTLASS msa_cutlass_sparse_decode", since=(0, 27),
         file="models/minimax_m3/nvidia/msa_cutlass_sparse_decode.py",
         when="on request (minimax_m3_msa_decode_backend), fp8 cache, 16 requests or more"),
     # AMD: kernels of its own since 0.25, AITER's on request.
@@ -131,20 +141,70 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("index_score", "index_decode"), archs=("gfx950",), name="AITER MSA indexer", needs=_AITER,
         file="models/minimax_m3/amd/indexer_msa.py", since=(0, 33),
         when="AITER on, fp8_e4m3fn index, topk 16, at most 8,192 blocks"),
-    Row(ops=("index_score", "index_decode"), archs=_AMD, name="Triton (amd), context parallel", since=(0, 33),
-        file="models/minimax_m3/amd/ops/indexer_context_parallel.py", needs="needs a group of two processes or more",
-        when="on request (minimax_m3_indexer_cp), bf16 index"),
+    Row(ops=("index_decode_cp", "index_topk_cp"), archs=_AMD, name="Triton (amd), context parallel", since=(0, 33),
+        file="models/minimax_m3/amd/ops/indexer_cp_exchange.py", when="on request (minimax_m3_indexer_cp), bf16 index"),
     Row(ops=("sparse_attn", "sparse_attn_decode"), archs=_AMD, name="AITER sparse paged attention", needs=_AITER,
         file="models/minimax_m3/amd/ops/sparse_pa.py", since=(0, 26), when="AITER and its shuffled cache layout on"),
+    Row(ops=("sparse_pa_table", "sparse_pa_table_decode"), archs=_AMD, name="Triton (amd), table of 16-token pages",
+        file="models/minimax_m3/amd/ops/sparse_pa.py", since=(0, 26), when="for AITER sparse paged attention"),
+    Row(ops=("index_decode_table",), archs=_AMD, name="Triton (amd), fused selector that writes the table", since=(0, 30),
+        file=_AMD_INDEX, when="for AITER sparse paged attention, one KV head"),
+    # A batch through one layer: the implementation classes around the kernels above.
+    Row(ops=("indexer",), archs=(*_CUDA, *_AMD), name="MiniMaxM3IndexerTritonImpl, MiniMaxM3SparseTritonImpl",
+        file="models/minimax_m3/common/indexer.py", since=(0, 25)),
+    _msa(ops=("indexer",), name="MSA indexer and attention", file="models/minimax_m3/nvidia/indexer_msa.py", since=(0, 25),
+        when="topk 16"),
+    Row(ops=("indexer",), archs=_SM100, name="MiniMaxM3IndexerTritonImpl, MiniMaxM3SparseTritonImpl",
+        file="models/minimax_m3/common/indexer.py", since=(0, 25), when="topk other than 4, 8, 16, 32",
+        takes=_not_topk(4, 8, 16, 32)),
+    _msa(ops=("indexer",), name="MiniMaxM3IndexerTritonImpl with MSA attention",
+        file="models/minimax_m3/nvidia/sparse_attention_msa.py", since=(0, 27), when="topk 4, 8 or 32"),
+    Row(ops=("indexer",), archs=_ALL, name="the classes of 0.24", file="models/minimax_m3/common/indexer.py", until=(0, 24),
+        needs="needs stand-ins for the classes of 0.24, which m3check does not have"),
+    # Norm, rotation and insertion: one compiled op everywhere, AITER's on request.
+    Row(ops=("qknorm_rope_insert",), archs=_ALL, name="compiled fused_minimax_m3_qknorm_rope_kv_insert", needs=_QKNORM,
+        provider="compiled", file="_custom_ops.py"),
+    Row(ops=("qknorm_rope_insert",), archs=_AMD, name="AITER fused_qknorm_idxrqknorm", needs=_AITER, file="_aiter_ops.py",
+        since=(0, 26), when="AITER and its shuffled cache layout on"),
+    # Sparse MLA and MQA logits, of other models.
+    Row(ops=("mla_sparse",), archs=("sm90", *_SM100), name="FlashMLA sparse", file=f"{_MLA}/flashmla_sparse.py",
+        needs="needs {} and FlashMLA, compiled with vLLM"),
+    Row(ops=("mla_sparse",), archs=_SM100, name="FlashInfer sparse MLA", file=f"{_MLA}/flashinfer_mla_sparse.py",
+        needs="needs {} and FlashInfer", when="on request, or fp8 caches"),
+    Row(ops=("mla_sparse",), archs=("sm120", "sm121"), name="FlashInfer sparse MLA",
+        file=f"{_MLA}/flashinfer_mla_sparse_sm120.py", needs="needs {} and FlashInfer", since=(0, 26)),
+    Row(ops=("mla_sparse",), archs=("sm80", "sm89", "sm120", "sm121"), name=_UNPUBLISHED,
+        file="v1/attention/ops/triton_mla_sparse.py", when="in no wheel; vllm:PATH of such a checkout"),
+    Row(ops=("mla_sparse",), archs=_AMD, name="AITER sparse MLA", file=f"{_MLA}/rocm_aiter_mla_sparse.py", needs=_AITER),
+    Row(ops=_LOGITS, archs=("sm90", *_SM100), name="DeepGEMM", file="utils/deep_gemm.py",
+        needs="needs {} and DeepGEMM, compiled with vLLM"),
+    Row(ops=_LOGITS, archs=("sm80", "sm89", "sm120", "sm121"), name=_UNPUBLISHED,
+        file="v1/attention/ops/mqa_logits_triton.py", when="in no wheel; vllm:PATH of such a checkout"),
+    Row(ops=("mqa_logits",), archs=("gfx942",), name="Triton fp8_mqa_logits_gfx942", until=(0, 29),
+        file="v1/attention/ops/triton_fp8_mqa_logits.py"),
+    Row(ops=("mqa_logits",), archs=("gfx942",), name="AITER MQA logits", needs=_AITER, since=(0, 30),
+        file="v1/attention/ops/rocm_aiter_mla_sparse.py"),
+    Row(ops=("mqa_logits",), archs=("gfx950",), name="AITER MQA logits", needs=_AITER,
+        file="v1/attention/ops/rocm_aiter_mla_sparse.py"),
+    Row(ops=("paged_mqa_logits",), archs=_AMD, name="AITER MQA logits", needs=_AITER,
+        file="v1/attention/ops/rocm_aiter_mla_sparse.py"),
 )  # fmt: skip
 
 
 def rows(arch: str, version: tuple[int, int] = LATEST) -> list[tuple[str, Row]]:
-    """(op, row) of a target, in the order of OPS; an op that a version has no function for has no row."""
+    """(op, row) of a target, in the order of OPS; an op that a version or a target has no function for has no row."""
     version = min(max(version, OLDEST), LATEST)
     return [
-        (op, row) for op in OPS for row in ROWS if op in row.ops and arch in row.archs and row.since <= version <= row.until
+        (op, row)
+        for op in _ops()
+        for row in ROWS
+        if op in row.ops and arch in row.archs and row.since <= version <= row.until
     ]
+
+
+def _ops() -> list[str]:
+    """All ops, then those that production has and m3check has not."""
+    return list(dict.fromkeys([*OPS, *(op for row in ROWS for op in row.ops)]))
 
 
 def version_of(text: str) -> tuple[int, int] | None:
@@ -183,7 +243,7 @@ def summary(arch: str, results: Iterable[Result], providers: Mapping[str, Any]) 
         version = version_of(text) or (99, 0)
         shown = text if version <= LATEST else f"{text or 'of unknown version'} (taken for {latest})"
         for op, row in rows(arch, version):
-            about = [r for r in results if r.op == op and r.provider == provider and row.takes(r.axes)]
+            about = [r for r in results if r.op == op and _is_of(r.provider, r.kernel, row, provider) and row.takes(r.axes)]
             told.append(
                 {
                     "version": shown,
@@ -191,9 +251,48 @@ def summary(arch: str, results: Iterable[Result], providers: Mapping[str, Any]) 
                     "implementation": row.name,
                     "file": row.file,
                     "when": row.when,
-                    "evidence": not_run(row, arch) if row.needs else _evidence(about, provider),
+                    "evidence": _told(op, row, arch, about, provider),
                 }
             )
+    return told
+
+
+def _is_of(name: str, kernel: str, row: Row, provider: str) -> bool:
+    """Whether results of a provider's kernel are about a row, `provider` being the vLLM that was named.
+
+    An installed vLLM runs MSA itself on a target that has it, under the names of MSA's functions.
+    """
+    if row.provider == "vllm":
+        return name == provider
+    own = name == provider and re.search("fmha|sparse_topk_select|sparse_atten_func|cutedsl|cutlass", kernel) is not None
+    return own or re.split("[=:]", name)[0] == row.provider
+
+
+def _told(op: str, row: Row, arch: str, about: list[Result], provider: str) -> str:
+    """The evidence of a row, or the sentence why there is none."""
+    if op not in OPS:
+        return f"not run here: m3check has no op {op}"
+    if row.provider == "vllm":
+        return not_run(row, arch) if row.needs else _evidence(about, provider)
+    return _evidence(about, row.provider) if any(r.status is not Status.SKIPPED for r in about) else not_run(row, arch)
+
+
+def planned(arch: str, lines: Iterable[PlanLine], axes: Callable[[str], Axes]) -> list[tuple[str, str, str, str]]:
+    """(op, implementation, when, what a plan would show of it) on a target; `axes` gives a case's, by its id."""
+    lines = list(lines)
+    named = next((line.provider for line in lines if line.provider.startswith("vllm")), "")
+    told = []
+    for op, row in rows(arch, version_of(_version(named, {})) or LATEST):
+        about = [x for x in lines if x.op == op and _is_of(x.provider, "", row, named) and row.takes(axes(x.case))]
+        due = {x.case for x in about if x.skip is None}
+        if (row.needs and row.provider == "vllm") or op not in OPS or (row.needs and not due):
+            would = _told(op, row, arch, [], named)
+        elif not named and row.provider == "vllm":
+            would = "no provider vllm is named"
+        else:
+            reasons = Counter(x.skip for x in about if x.skip).most_common(1)
+            would = f"{len(due)} cases" if due else reasons[0][0] if reasons else "no case of this plan has it"
+        told.append((op, row.name, row.when, str(would)))
     return told
 
 

@@ -91,6 +91,30 @@ OPS: Mapping[str, Op] = {
         ),
         Op("decode", "decode", ("ids", "out"), "score and select, attend", ("index_decode", "sparse_attn_decode")),
         Op(
+            "sparse_pa_table",
+            "prefill",
+            ("pages", "context"),
+            "the 16-token pages of listed blocks, for a paged attention",
+            family="amd",
+        ),
+        Op(
+            "sparse_pa_table_decode",
+            "decode",
+            ("pages", "context"),
+            "the same for the last query_len tokens of each request",
+            family="amd",
+        ),
+        Op(
+            "index_decode_table",
+            "decode",
+            ("ids", "pages", "context", "counter"),
+            "index_decode that writes the pages as well",
+            on_ids="sparse_pa_table_decode",
+            family="amd",
+        ),
+        Op("index_decode_cp", "decode", ("ids",), "index_decode by several processes that share the blocks", family="amd"),
+        Op("index_topk_cp", "decode", ("ids",), "selection by several processes: keys gathered and merged", family="amd"),
+        Op(
             "indexer",
             "mixed",
             ("ids", "out"),
@@ -280,7 +304,7 @@ class Inputs:
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        held = (self.idx_q, self.q, self.scores, *self.more.values())
+        held = (self.idx_q, self.q, self.scores, self.topk_idx, *self.more.values())
         return next(tensor for tensor in held if tensor is not None).device
 
 
@@ -296,7 +320,7 @@ class Profile:
     """Main cache: `packed` is [page, Hkv, 128, 2D], `split` is [page, 2, 128, Hkv, D]."""
     id_order: Literal["any", "score", "ascending"] = "any"
     """Order of the selected ids; `score` is descending, forced blocks first."""
-    tie_rule: Literal["any", "smaller_id"] = "any"
+    tie_rule: Literal["any", "smaller_id", "larger_id"] = "any"
     """Which of several blocks of equal score is taken."""
     forcing: Literal["init_first", "own_block"] = "init_first"
     """Where init + local > topk: `init_first` may lose the query's own block, `own_block` never does."""

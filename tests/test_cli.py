@@ -294,7 +294,9 @@ def test_list_prints_the_plan_and_its_reasons(m3check: Main, monkeypatch: pytest
     code, out, err = m3check("list --arch sm100")
 
     assert code == 0
-    assert [row.split() for row in out.splitlines()[1:]] == [
+    plan, _, production = out.partition("\n\n")
+    assert "fmha_sm100 sparse_topk_select" in production
+    assert [row.split() for row in plan.splitlines()[1:]] == [
         ["decode", "triton", "interpreted", "decode/a"],
         ["decode", "triton", "interpreted", "decode/b", "too", "big"],
     ]

@@ -11,7 +11,7 @@ from records import finding, green, record, result
 from m3check import dispatch, report
 from m3check.arch import ARCHS
 from m3check.report import targets
-from m3check.types import OPS, Status, Sums
+from m3check.types import OPS, PlanLine, Status, Sums
 
 VLLM = {"provider": "vllm==0.33.0"}
 
@@ -20,9 +20,11 @@ VLLM = {"provider": "vllm==0.33.0"}
 @pytest.mark.parametrize("version", [(0, minor) for minor in range(24, 34)])
 def test_every_op_has_an_implementation_on_every_target_and_no_two_alike(arch, version):
     rows = dispatch.rows(arch, version)
-    ops = {op.name for op in OPS.values() if not op.chain}
+    ops = {op.name for op in OPS.values() if not op.chain and op.family != "amd"}
     ops -= {"index_decode_score"} if version == (0, 24) else set()  # it came with 0.25
-    assert {op for op, _ in rows} == ops
+    amd = {op for op, _ in rows if op in OPS and OPS[op].family == "amd"}
+    assert {op for op, _ in rows} >= ops
+    assert bool(amd) == (arch.startswith("gfx") and version >= (0, 26))
     assert len({(op, row.name, row.when) for op, row in rows}) == len(rows)
     assert all(row.file and row.when for _, row in rows)
 
@@ -40,6 +42,12 @@ def test_every_op_has_an_implementation_on_every_target_and_no_two_alike(arch, v
         ("gfx942", (0, 33), "sparse_attn", ["Triton (amd), tiles of 32 keys", "AITER sparse paged attention"]),
         ("gfx950", (0, 25), "sparse_attn", ["Triton (amd), tiles of 64 keys"]),
         ("gfx950", (0, 29), "index_decode", ["Triton (amd), score and selector"]),
+        ("gfx942", (0, 32), "index_decode_cp", []),
+        ("gfx942", (0, 33), "index_decode_cp", ["Triton (amd), context parallel"]),
+        ("gfx950", (0, 28), "sparse_pa_table", ["Triton (amd), table of 16-token pages"]),
+        ("sm121", (0, 33), "mla_sparse", ["FlashInfer sparse MLA", "Triton, of pull requests 38476 and 47629"]),
+        ("gfx942", (0, 29), "mqa_logits", ["Triton fp8_mqa_logits_gfx942"]),
+        ("gfx942", (0, 30), "mqa_logits", ["AITER MQA logits"]),
     ],
 )
 def test_production_picks_by_target_and_version(arch, version, op, wanted):
@@ -68,6 +76,46 @@ def test_results_count_only_where_production_runs_that_implementation():
         e for e in dispatch.summary("sm100", [wide], {}) if e["op"] == "index_topk" and "Triton" in e["implementation"]
     ]
     assert entry["evidence"].startswith("not run here")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("providers", [(), ("vllm==0.33.0",), ("vllm==0.24.0", "triton", "fmha_sm100")])
+def test_every_row_of_every_target_has_a_result_or_a_sentence(arch, providers):
+    results = [
+        result(op=op, provider=each) for op in ("index_score", "sparse_pa_table", "mla_sparse") for each in providers
+    ]
+    for entry in dispatch.summary(arch, results, {}):
+        assert entry["evidence"].startswith(("not run here", "interpreted: 1 passed")), entry
+    lines = [PlanLine(f"{r.op}/q=1,kv=1", r.op, r.provider, "interpreted") for r in results]
+    for op, name, _, would in dispatch.planned(arch, lines, lambda case: {}):
+        assert would, (op, name)
+
+
+def test_results_of_another_provider_are_about_the_row_that_names_it():
+    mine = [replace(result(op="index_score", provider="fmha_sm100"), axes={"topk": 16}), result(op="index_topk", **VLLM)]
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", mine, {})}
+    assert by["index_score", "fmha_sm100 OnlyScore"] == "interpreted: 1 passed"
+    assert by["index_topk", "fmha_sm100 sparse_topk_select"] == "not run here, needs SM100"
+    device = replace(result(op="index_topk", **VLLM), kernel="sparse_topk_select", axes={"topk": 16})
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", [device], {})}
+    assert by["index_topk", "fmha_sm100 sparse_topk_select"] == "interpreted: 1 passed"
+    assert by["index_topk", "Triton (common)"].startswith("not run here")
+
+
+def test_a_plan_says_what_it_has_of_production():
+    case = "index_topk/q=1,kv=1"
+    lines = [
+        PlanLine(case, "index_topk", "vllm==0.33.0", "interpreted"),
+        PlanLine("index_score/q=1,kv=1", "index_score", "vllm==0.33.0", "interpreted", "no fp8 here"),
+    ]
+    told = {(op, name): would for op, name, _, would in dispatch.planned("sm90", lines, lambda case: {"topk": 16})}
+    assert told["index_topk", "Triton (common)"] == "1 cases"
+    assert told["index_score", "Triton (common)"] == "no fp8 here"
+    there = dispatch.planned("sm100", lines, lambda case: {"topk": 16})
+    needs = {(op, name): would for op, name, _, would in there}
+    assert needs["index_topk", "fmha_sm100 sparse_topk_select"] == "not run here, needs SM100"
+    told = {(op, name): would for op, name, _, would in dispatch.planned("sm90", [], lambda case: {})}
+    assert told["index_topk", "Triton (common)"] == "no provider vllm is named"
 
 
 def test_a_skip_is_told_by_its_sentence():

@@ -48,4 +48,7 @@ OUTPUTS: Mapping[str, Output] = {
     "cached_v": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_idx_k": Output(0, _every, "channel {2}"),
     "out": Output(0, _attended, "query head {1}, channel {2}"),
+    "pages": Output(0, _every, "cell {1}"),
+    "context": Output(0, _every, "its length"),
+    "counter": Output(1, _every, "index head {0}"),
 }

@@ -102,7 +102,7 @@ def _fault(view: View, check: str, rows: Tensor, hint: str, status: Status = Sta
 
 def _own_scores(view: View) -> tuple[Tensor, Tensor | None]:
     """(scores [H, T, K], slack): the op's input or the kernel's own output exactly, else the reference's within bounds."""
-    if view.problem.scores is not None and view.op.name == "index_topk":
+    if view.problem.scores is not None and view.op.name in ("index_topk", "index_topk_cp"):
         return view.problem.scores.to(view.device), None
     if "score" in view.run.outputs:
         return view.actual("score"), None
@@ -157,11 +157,12 @@ def _violations(view: View) -> tuple[list[tuple[str, Tensor, str]], Tensor, Tens
     full = chosen.sum(-1) >= lists.count  # a shorter list is the structure check's finding
     wrong = full & (low < high)
     lost = wrong & (high >= LOCAL)  # a forced block is out
-    tied = _wrong_ties(view, rank, chosen) & full if profile.tie_rule == "smaller_id" and beta is None else None
+    tied = _wrong_ties(view, rank, chosen) & full if profile.tie_rule != "any" and beta is None else None
     order = _wrong_order(view, lists, rank, margin) & full if profile.id_order != "any" else None
     groups = [lost, wrong & ~lost, *(x for x in (tied, order) if x is not None)]
     words = ["a forced block (init or local) was left out for one that is not, or for one of lower rank", "", "", ""]
-    words = words[:2] + [w for x, w in ((tied, _TIES), (order, _ORDER[profile.id_order])) if x is not None]
+    told = ((tied, _TIES[profile.tie_rule]), (order, _ORDER[profile.id_order]))
+    words = words[:2] + [w for x, w in told if x is not None]
     names = ["forced", "selection", *(w for x, w in ((tied, "ties"), (order, "order")) if x is not None)]
     return list(zip(names, groups, words, strict=True)), rank, margin, chosen
 
@@ -193,7 +194,11 @@ def check_optimality(view: View) -> list[Finding]:
     return findings
 
 
-_TIES = "of blocks with equal scores, a larger id was taken before a smaller one, which this kernel promises not to do"
+_TIES = {
+    "any": "",
+    "smaller_id": "of equal scores, a larger id was taken before a smaller one, which this kernel promises not to do",
+    "larger_id": "of equal scores, a smaller id was taken before a larger one, which this kernel promises not to do",
+}
 _ORDER = {
     "any": "",
     "ascending": "ids are not in ascending order, which this kernel promises",
@@ -221,11 +226,12 @@ def _swap(view: View, wrong: Tensor, rank: Tensor, margin: Tensor, chosen: Tenso
 
 
 def _wrong_ties(view: View, rank: Tensor, chosen: Tensor) -> Tensor:
-    """Rows [H, T] where, of the blocks that share the lowest chosen rank, others than those of smallest id were taken."""
+    """Rows [H, T] where, of the blocks that share the lowest chosen rank, others than those of promised ids were taken."""
     lowest = rank.masked_fill(~chosen, math.inf).amin(-1, keepdim=True)
     tied = (rank == lowest) & visible_cells(view)
     taken = (tied & chosen).sum(-1, keepdim=True)
-    return (tied & chosen & (tied.cumsum(-1) > taken)).any(-1)
+    place = tied.flip(-1).cumsum(-1).flip(-1) if view.setting.profile.tie_rule == "larger_id" else tied.cumsum(-1)
+    return (tied & chosen & (place > taken)).any(-1)
 
 
 def _wrong_order(view: View, lists: Lists, rank: Tensor, margin: Tensor) -> Tensor:
@@ -237,7 +243,9 @@ def _wrong_order(view: View, lists: Lists, rank: Tensor, margin: Tensor) -> Tens
     value, slack_ = rank.gather(2, safe), margin.gather(2, safe)
     later, earlier = value[..., 1:] - slack_[..., 1:], value[..., :-1] + slack_[..., :-1]
     wrong = both & (later > earlier)
-    if view.setting.profile.tie_rule == "smaller_id":
+    if view.setting.profile.tie_rule != "any":
         equal = (value[..., 1:] == value[..., :-1]) & (slack_[..., 1:] == 0)
-        wrong |= both & equal & (lists.ids[..., 1:] < lists.ids[..., :-1])
+        smaller = view.setting.profile.tie_rule == "smaller_id"
+        before, after = (lists.ids[..., :-1], lists.ids[..., 1:]) if smaller else (lists.ids[..., 1:], lists.ids[..., :-1])
+        wrong |= both & equal & (after < before)
     return wrong.any(-1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.arch import Arch
-from m3check.kernels import reading
+from m3check.kernels import reading, vllm_amd
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.locate import TREE, Source, locate
@@ -80,7 +80,7 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
             return missing[op]
         if case.scales != "none" and op.startswith("sparse_attn") and "k_scale" not in choices[op].reading.parameters:
             return f"{choices[op].reading.function} takes no k_scale and v_scale, so it cannot read a scaled cache"
-        sentence = _refusal(choices, arch, evidence, op, case)
+        sentence = _refusal(source, choices, arch, evidence, op, case)
         if sentence:
             return sentence
     return None
@@ -106,6 +106,13 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         kernels[op] = Kernel(
             spec.text, op, choice.reading.function, _profile(op, choice, arch), world.inside(function, **unknown)
         )
+    for op in vllm_amd.PIECES.keys() - missing.keys():
+        package = f"{TREE.replace('/', '.')}.amd.ops"
+        try:
+            function = vllm_amd.load(op, world, package)
+        except Exception as error:
+            raise M3CheckError(_import_failure(source, f"{package}.{vllm_amd.file_of(op)}", error)) from error
+        kernels[op] = Kernel(spec.text, op, vllm_amd.PIECES[op].name, vllm_amd.profile(op), function)
     all_kernels, all_missing = with_chains(kernels, missing)
     loaded = Loaded(
         spec,
@@ -113,7 +120,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         all_missing,
         _description(source, choices, arch),
         source.warnings,
-        functools.partial(_refusal, choices, arch, evidence),
+        functools.partial(_refusal, source, choices, arch, evidence),
         world.dependent_launch if arch.pdl else None,
     )
     paired = production.there(source.folder, source.version, arch, evidence)
@@ -152,6 +159,10 @@ def choose(source: Source, arch: Arch) -> tuple[dict[str, Choice], dict[str, str
             continue
         where = f"{branch}/ops/{stem}.py" + (f", which production runs on {arch.name}" if amd else "")
         missing[op] = f"vllm {source.version} has no {PREFIX}{op} in {where}"
+    for op in vllm_amd.PIECES:
+        sentence = vllm_amd.missing(op, source.folder / TREE / "amd/ops", arch, source.version)
+        if sentence:
+            missing[op] = sentence
     return choices, missing
 
 
@@ -177,7 +188,11 @@ def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
     )
 
 
-def _refusal(choices: Mapping[str, Choice], arch: Arch, evidence: Evidence, op: str, case: Case) -> str | None:
+def _refusal(
+    source: Source, choices: Mapping[str, Choice], arch: Arch, evidence: Evidence, op: str, case: Case
+) -> str | None:
+    if op in vllm_amd.PIECES:
+        return vllm_amd.refusal(op, case, source.folder / TREE / "amd/ops") or cannot_compile(case, arch, evidence)
     found = choices[op].reading
     scores = op in ("index_score", "index_decode_score", "index_decode")
     if scores and case.head_dim & (case.head_dim - 1):

@@ -21,6 +21,7 @@ from m3check.reference.index_topk import index_topk
 from m3check.reference.indexer import indexer
 from m3check.reference.sparse_attn import sparse_attn
 from m3check.reference.sparse_attn_decode import sparse_attn_decode
+from m3check.reference.sparse_pa_table import sparse_pa_table
 from m3check.types import Inputs, M3CheckError, Outputs
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "prefill",
     "sparse_attn",
     "sparse_attn_decode",
+    "sparse_pa_table",
 ]
 
 # Each op's function, what it reads (fields of Inputs, then of Case; `requests` and `dtype` besides), what it gives.
@@ -46,6 +48,19 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
     "index_decode": (index_decode, "idx_q idx_k requests topk init_blocks local_blocks dtype", "ids score plain_score"),
     "sparse_attn": (sparse_attn, "q k v topk_idx requests sm_scale dtype", "out lse"),
     "sparse_attn_decode": (sparse_attn_decode, "q k v topk_idx requests sm_scale dtype", "out lse"),
+    "sparse_pa_table": (sparse_pa_table, "topk_idx requests", "pages context"),
+    "sparse_pa_table_decode": (sparse_pa_table, "topk_idx requests", "pages context"),
+    "index_decode_table": (
+        index_decode,
+        "idx_q idx_k requests topk init_blocks local_blocks dtype",
+        "ids score plain_score",
+    ),
+    "index_decode_cp": (
+        index_decode,
+        "idx_q idx_k requests topk init_blocks local_blocks dtype",
+        "ids score plain_score",
+    ),
+    "index_topk_cp": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
     "prefill": (prefill, "idx_q idx_k q k v requests topk init_blocks local_blocks sm_scale dtype", "score ids out lse"),
     "decode": (
         decode,

@@ -1,0 +1,189 @@
+"""The pieces that vLLM's path on AMD adds to its kernels: tables for AITER's paged attention, context-parallel indexing.
+
+Most are functions of one file and keep m3check's keywords. Context parallelism is several, which production calls in each
+process of a group; here one process plays all of them in turn, and gathering is putting their keys one after the other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from m3check.arch import Arch
+from m3check.types import ODD_SCORES, Case, Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from m3check.kernels.standin import World
+
+Parts = Mapping[str, Any]
+"""The functions of a piece, by name."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One op's function, or those that it is put together from."""
+
+    parts: Mapping[str, str]
+    """function: its file in amd/ops; the first one gives the piece its parameters unless it is put together."""
+    composed: Callable[[Parts], Callable[..., Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """The functions as results name them."""
+        return " + ".join(self.parts)
+
+
+def _ranks_of(scores_of: Callable[[int, int], Tensor], exchange: Parts, heads: int, tokens: int, ranks: int, topk: int,
+              out: Tensor | None, seq_lens: Tensor, **how: int) -> Tensor:  # fmt: skip
+    """Each rank's keys of its own blocks, then each rank's merge of the heads that it owns, as the model deals them out."""
+    import torch
+
+    if out is None:
+        out = torch.empty(heads, tokens, topk, dtype=torch.int32, device=seq_lens.device)
+    gathered = []
+    for rank in range(ranks):
+        keys = torch.empty(heads, tokens, topk, dtype=torch.int64, device=seq_lens.device)
+        exchange["local_topk_keys"](
+            scores_of(rank, ranks), seq_lens, topk=topk, rank=rank, world=ranks, query_len=how["query_len"],
+            global_blocks=how["global_blocks"], init_blocks=how["init_blocks"], local_blocks=how["local_blocks"], out=keys,
+        )  # fmt: skip
+        gathered.append(keys)
+    together = torch.stack(gathered)
+    share, replicas = (heads // ranks, 1) if heads >= ranks else (1, ranks // heads)
+    for rank in range(ranks):
+        own = slice(rank // replicas * share, rank // replicas * share + share)
+        exchange["merge_topk_keys"](
+            together[:, own], out[own, :tokens], seq_lens, query_len=how["query_len"], init_blocks=how["init_blocks"],
+            local_blocks=how["local_blocks"],
+        )  # fmt: skip
+    return out[:, :tokens]
+
+
+def _index_decode_cp(parts: Parts) -> Callable[..., Any]:
+    def index_decode_cp(
+        idx_q: Tensor, index_kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int,
+        init_blocks: int, local_blocks: int, num_kv_heads: int, decode_query_len: int, sm_scale: float, ranks: int,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        def scores_of(rank: int, world: int) -> Tensor:
+            scores: Tensor = parts["indexer_context_scores"](
+                idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, rank, world, decode_query_len, sm_scale
+            )
+            return scores
+
+        return _ranks_of(
+            scores_of, parts, num_kv_heads, idx_q.shape[0], ranks, topk, out, seq_lens, query_len=decode_query_len,
+            global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks, local_blocks=local_blocks,
+        )  # fmt: skip
+
+    return index_decode_cp
+
+
+def _index_topk_cp(parts: Parts) -> Callable[..., Any]:
+    def index_topk_cp(
+        score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
+        decode_query_len: int, ranks: int, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return _ranks_of(
+            lambda rank, world: score[..., rank::world], parts, score.shape[0], score.shape[1], ranks, topk, out, seq_lens,
+            query_len=decode_query_len, global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks,
+            local_blocks=local_blocks,
+        )  # fmt: skip
+
+    return index_topk_cp
+
+
+_EXCHANGE = {"local_topk_keys": "indexer_cp_exchange", "merge_topk_keys": "indexer_cp_exchange"}
+
+PIECES: Mapping[str, Piece] = {
+    "sparse_pa_table": Piece({"minimax_m3_build_sparse_block_table_prefill": "sparse_pa"}),
+    "sparse_pa_table_decode": Piece({"minimax_m3_build_sparse_block_table_decode": "sparse_pa"}),
+    "index_decode_table": Piece({"minimax_m3_index_decode": "index_topk"}),
+    "index_decode_cp": Piece({"indexer_context_scores": "indexer_context_parallel", **_EXCHANGE}, _index_decode_cp),
+    "index_topk_cp": Piece(_EXCHANGE, _index_topk_cp),
+}
+
+NEEDS: Mapping[str, str] = {"index_decode_table": "sparse_block_table_out"}
+"""A parameter without which a function is not the piece."""
+
+
+def missing(op: str, ops: Path, arch: Arch, version: str) -> str | None:
+    """Why a version has no such piece on a target, read from its files below amd/ops; None where it has."""
+    if arch.vendor != "amd":
+        return f"{op} is a piece of vLLM's path on AMD; on {arch.name} production does not use it"
+    for name, stem in PIECES[op].parts.items():
+        functions = _parameters(ops / f"{stem}.py")
+        wanted = NEEDS.get(op)
+        if name not in functions:
+            return f"vllm {version} has no {name} in amd/ops/{stem}.py"
+        if wanted is not None and wanted not in functions[name]:
+            return f"vllm {version}: {name} takes no {wanted}"
+    return None
+
+
+def refusal(op: str, case: Case, ops: Path) -> str | None:
+    """Why a piece cannot run a case; None where it can."""
+    (name, stem), *_ = PIECES[op].parts.items()
+    if op == "index_decode_cp":
+        if (case.dtype, case.cache_dtype, case.head_dim) != ("bf16", "bf16", 128):
+            got = f"{case.dtype}, {case.cache_dtype} and head_dim {case.head_dim}"
+            return f"{name} needs bf16 queries and keys of 128 channels, got {got}"
+        if case.layout == "pool":
+            return f"{name} needs an index cache without gaps, got layout=pool"
+    strided = "block_page_stride" in _parameters(ops / f"{stem}.py").get(name, ())
+    if op.startswith("sparse_pa_table") and case.layout == "pool" and not strided:
+        return f"{name} takes no block_page_stride: in this version a block spans 8 page ids"
+    return None
+
+
+def profile(op: str) -> Profile:
+    """What the pieces promise: the fused selector a smaller id among equals, the merge of ranks a larger one.
+
+    Forced blocks are told by a score of 1e29 or 1e30, which infinite and huge scores outrank.
+    """
+    tie: Literal["smaller_id", "larger_id"] = "smaller_id" if op == "index_decode_table" else "larger_id"
+    return Profile(id_order="score", tie_rule=tie, odd_scores=ODD_SCORES - {"huge", "infinite"})
+
+
+def file_of(op: str) -> str:
+    """The file, without its ending, that a piece's first function is in."""
+    return next(iter(PIECES[op].parts.values()))
+
+
+def load(op: str, world: World, package: str) -> Callable[..., Any]:
+    """The function of a piece, its files executed among the stand-ins of `world`."""
+    _stand_in(world)
+    modules: dict[str, ModuleType] = {}
+    for stem in PIECES[op].parts.values():
+        modules[stem] = world.load(f"{package}.{stem}")
+    parts = {name: getattr(modules[stem], name) for name, stem in PIECES[op].parts.items()}
+    compose = PIECES[op].composed
+    function: Callable[..., Any] = compose(parts) if compose else next(iter(parts.values()))
+    return world.inside(function)
+
+
+def _stand_in(world: World) -> None:
+    """What the exchange of keys imports and one process does not use."""
+
+    def no_group() -> None:
+        raise RuntimeError("m3check plays all ranks in one process: there is no group")
+
+    world.add("vllm.distributed")
+    world.add("vllm.distributed.parallel_state", GroupCoordinator=object, get_tp_group=no_group)
+
+
+@functools.cache
+def _parameters(path: Path) -> Mapping[str, tuple[str, ...]]:
+    """The functions of a file and their parameters; none where there is no such file."""
+    import ast
+
+    if not path.is_file():
+        return {}
+    functions = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.FunctionDef)]
+    return {f.name: tuple(a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)) for f in functions}
