@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.checks import accesses, attention, edges, finite, inserted, integrity, mixed, probes, scores, selection
+from m3check.checks import accesses, attention, edges, finite, inserted, integrity, mixed, pages, probes, scores, selection
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.types import OPS, Finding, Inputs, Outputs, Status
