@@ -127,14 +127,16 @@ def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:
 
 INDEX = frozenset({"index_score", "index_decode_score", "index_decode"})
 SELECT = frozenset({"index_topk", "index_decode"})
-ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"})
+LISTED = frozenset({"mla_sparse"})
+"""Attention to listed tokens: the list is an input, whatever it names, so nothing is known of the future."""
+ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"}) | LISTED
 CHAINS = frozenset({"prefill", "decode"})
 INSERT = frozenset({"qknorm_rope_insert"})
 CACHED = INDEX | ATTEND
 SINGLE = CACHED | {"index_topk"}
 EVERY = SINGLE | CHAINS
 PREFILL = frozenset(name for name, op in SPARSE.items() if op.phase == "prefill")
-DECODE = EVERY - PREFILL
+DECODE = EVERY - PREFILL - LISTED
 DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
 
@@ -155,18 +157,18 @@ INVARIANTS: tuple[Invariant, ...] = (
               "table width) that enter the result", "limits that are too small", "memory.room"),
     Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million tokens "
               "gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
-    Invariant("own_buffers", SELECT | {"index_decode_score"}, _live_rows, "a result that is wrong where the kernel itself "
-              "allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
+    Invariant("own_buffers", SELECT | LISTED | {"index_decode_score"}, _live_rows, "a result that is wrong where the kernel "
+              "itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
     Invariant("apart", SINGLE, _live_rows, "strides of channels, ids and score columns, which are 1 elsewhere",
               "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
-    Invariant("future", (CACHED | CHAINS) - {"index_topk"}, _draft, "a token after the query's position enters the result",
+    Invariant("future", (CACHED | CHAINS) - LISTED, _draft, "a token after the query's position enters the result",
               "tokens whose weight underflows", "content.future"),
     Invariant("neighbours", SINGLE | INSERT, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
     Invariant("batch_order", SINGLE | INSERT, _unlike, "state carried from one request to the next; fixed places in a "
               "batch", "one order in which all is right", "batch.order"),
-    Invariant("head_order", SINGLE | INSERT, _heads, "heads that are treated by their place", "gqa lanes within a KV head",
-              "batch.heads"),
+    Invariant("head_order", SINGLE - LISTED | INSERT, _heads, "heads that are treated by their place",
+              "gqa lanes within a KV head", "batch.heads"),
     Invariant("alone", EVERY | INSERT, _several, "results that depend on the company of other requests", "batches of one",
               "batch.alone"),
     Invariant("padded", DECODE, _live_rows, "padded rows (length 0) that change the rows of others",

@@ -331,7 +331,7 @@ def pack_index_cache(inputs: Inputs, pages: Pages, poison: Poison) -> Tensor:
     keys = inputs.idx_k
     assert keys is not None
     layers = POOL_LAYERS if inputs.case.layout == "pool" else 1
-    storage = _pages([layers, BLOCK, keys.shape[-1]], pages, poison, keys)
+    storage = poisoned_pages([layers, BLOCK, keys.shape[-1]], pages, poison, keys)
     cache = storage[:, layers // 2]
     if poison == "garbage":  # of both signs, since a query may hide one of them from a maximum
         words(cache)[pages.first :, 1::2] ^= {1: 0x80, 2: -0x8000, 4: -0x80000000}[cache.element_size()]
@@ -358,7 +358,7 @@ def pack_main_cache(inputs: Inputs, pages: Pages, kv_layout: str, poison: Poison
         # logical view: page, k or v, token, head, channel
         order = (0, 1, 2, 3, 4, 5) if case.layout == "nhd" else (0, 1, 2, 4, 3, 5)
         shape = [pages.count, layers, 2, BLOCK, heads, dim]
-    storage = _pages([shape[axis] for axis in order[1:]], pages, poison, k)
+    storage = poisoned_pages([shape[axis] for axis in order[1:]], pages, poison, k)
     cache = storage.permute(*(order.index(axis) for axis in range(len(order))))[:, layers // 2]
     slots = pages.slots(case)
     page, offset, raw = slots // BLOCK, slots % BLOCK, _bytes(cache)
@@ -382,7 +382,7 @@ def pack_scale(scale: Tensor | None, case: Case, pages: Pages, poison: Poison) -
     return packed
 
 
-def _pages(shape: list[int], pages: Pages, poison: Poison, like: Tensor) -> Tensor:
+def poisoned_pages(shape: list[int], pages: Pages, poison: Poison, like: Tensor) -> Tensor:
     """Poisoned storage [pages, *shape]; where pages are far, those below the first are mapped and never touched."""
     value = poison_value(like.dtype, poison)
     if not pages.first:

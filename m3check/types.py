@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 BLOCK = 128
 """Tokens in one sparse block, which is also one KV page."""
 
+ROPE = 64
+"""Channels of a latent key that carry its position, and are no part of its value."""
+
 INIT_SCORE = 1e30
 """What a forced init block's score cell holds in kernels that force inside the scores."""
 
@@ -90,6 +93,7 @@ OPS: Mapping[str, Op] = {
             ("index_score", "index_topk", "sparse_attn"),
         ),
         Op("decode", "decode", ("ids", "out"), "score and select, attend", ("index_decode", "sparse_attn_decode")),
+        Op("mla_sparse", "prefill", ("out", "lse"), "attention to listed tokens of a latent cache", family="latent"),
         Op(
             "sparse_pa_table",
             "prefill",
@@ -330,10 +334,12 @@ class Profile:
     """Attention output of a row that sees no valid block; the contract wants zero, `nan` and `any` promise nothing."""
     dead_ids: Literal["empty", "any"] = "empty"
     """Ids of a padded row: -1 in every slot, or whatever, since nobody reads them."""
-    id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future"})
+    id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future", "late", "empty"})
     """Which id lists attention accepts; on others a broken result is `noted`, not `failed`."""
     odd_scores: frozenset[str] = ODD_SCORES
     """On which rows of scores out of the ordinary selection promises what is right."""
+    lse: Literal["natural", "base2"] = "natural"
+    """Base of the logsumexp that `mla_sparse` gives beside its output."""
     normaliser: Literal["lse", "sum"] = "sum"
     """How the softmax is normalised: exp2(m - lse), or division by the sum."""
     dequantise: Literal["rounded", "folded", "either"] = "either"

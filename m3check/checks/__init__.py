@@ -10,7 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.checks import accesses, attention, edges, finite, inserted, integrity, mixed, pages, probes, scores, selection
+from m3check.checks import (
+    accesses,
+    attention,
+    edges,
+    finite,
+    inserted,
+    integrity,
+    logsumexp,
+    mixed,
+    pages,
+    probes,
+    scores,
+    selection,
+)
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.types import OPS, Finding, Inputs, Outputs, Status
@@ -68,18 +81,20 @@ CHECKS: tuple[Check, ...] = (
           attention.check_tokens),
     Check("scale", "out", "another softmax scale, a factor on the output", "changes below the noise of a row",
           attention.check_scale),
-    Check("turned", "k", "norm and rotation of queries, keys and index heads: weight, eps, halves, position, head, dtype",
-          "mistakes below the rounding of what is stored", inserted.check_rows),
-    Check("inserted", "cached_k", "what stands at the slots of a batch: key and value, slot, head, rounding to fp8 codes",
-          "other cells of a cache (guards see those)", inserted.check_cached),
-    Check("identity", "cached_k", "a scale in what an fp8 cache holds, which no reader takes out again",
-          "scales nearer to 1 than many roundings show", inserted.check_identity),
     Check("context", "context", "tokens too many or too few behind a table of pages", "which pages they are in",
           pages.check_context),
     Check("pages", "pages", "a page missing, doubled, of another block or request; a cut that is not the query's own block",
           "the order of whole pages", pages.check_pages),
     Check("counter", "counter", "counters that a launch leaves behind for the next", "the count itself",
           pages.check_counter),
+    Check("lse", "lse", "base of the logsumexp, a part lost in it, dead rows that weigh something", "errors below the "
+          "rounding of weights", logsumexp.check_lse),
+    Check("turned", "k", "norm and rotation of queries, keys and index heads: weight, eps, halves, position, head, dtype",
+          "mistakes below the rounding of what is stored", inserted.check_rows),
+    Check("inserted", "cached_k", "what stands at the slots of a batch: key and value, slot, head, rounding to fp8 codes",
+          "other cells of a cache (guards see those)", inserted.check_cached),
+    Check("identity", "cached_k", "a scale in what an fp8 cache holds, which no reader takes out again",
+          "scales nearer to 1 than many roundings show", inserted.check_identity),
     Check("memory", "", "any address outside a tensor, in a page of nobody, never written, or raced for (interpreted)",
           "tensors beyond 1 GB; a read of the wrong cell", accesses.check_memory),
     Check("guards", "", "writes around and between the rows of a buffer", "memory that nobody watches",

@@ -11,7 +11,7 @@ from torch import Tensor
 from m3check.checks.bounds import whole
 from m3check.checks.filters import EXPLAINED, Match, best_scale, best_token
 from m3check.checks.likeness import looks_like
-from m3check.checks.noise import Pairs, noise
+from m3check.checks.noise import SMALLEST, SUBTILE, Pairs, noise
 from m3check.checks.residue import Residue, row_limit
 from m3check.checks.rowkinds import dead_rows, promised_rows, valid_ids
 from m3check.checks.view import View
@@ -81,7 +81,7 @@ def _order(view: View) -> tuple[Tensor, Tensor, list[int]]:
     return pairs[order], ids.where(valid, -1).gather(1, front)[order], count[order].tolist()
 
 
-def _chunks(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
+def gathered(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
     """(rows [P], kv heads [P], gathered tensors), few enough pairs at a time to fit a fixed memory."""
     q, k, v = view.problem.q, view.problem.k, view.problem.v
     assert q is not None
@@ -94,13 +94,14 @@ def _chunks(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
     start = 0
     while start < len(counts):
         slots = counts[start]
-        size = slots * BLOCK * 4 * (7 * dim + 16 * group) + slots * group * dim * 24
+        size = slots * view.span * 4 * (7 * dim + 16 * group) + slots * group * dim * 24
         stop = min(len(counts), start + max(1, budget // size))
         row, head = pairs[start:stop].unbind(-1)
         listed = ids[start:stop, :slots]
-        token = (listed[..., None] * BLOCK + torch.arange(BLOCK, device=ids.device)).flatten(1)  # [P, n]
+        token = view.tokens(listed)  # [P, n]
+        token = torch.nn.functional.pad(token, (0, -token.shape[1] % BLOCK), value=-1)
         there = (token >= 0) & (token < rows.kv_len[row, None])
-        attended = there & (token <= rows.position[row, None])
+        attended = there & (token <= view.last[row, None])
         source = (rows.kv_start[row, None] + token).where(there, 0)
         values = v[source, head[:, None]].float().masked_fill_(~there[..., None], 0)
         future = there & ~attended  # kept for the filters: their size does not set the unit
@@ -111,7 +112,8 @@ def _chunks(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
         keys = k[source, head[:, None]].float().masked_fill_(~there[..., None], 0)
         grouped = q[row].unflatten(1, (-1, group))[torch.arange(len(row), device=row.device), head].float()
         sizes = values.abs(), values.square()
-        yield row, head, Pairs(grouped, keys, values, *sizes, unit.double(), attended, there, token, integers)
+        tokens = (attended, there, token, integers, SUBTILE if view.span > 1 else SMALLEST, view.span == 1)
+        yield row, head, Pairs(grouped, keys, values, *sizes, unit.double(), *tokens)
         start = stop
 
 
@@ -127,11 +129,11 @@ def analyse(view: View) -> Tests:
     elements = case.total_queries * case.heads * case.head_dim
     deviations = setting.deviations(elements)
     found = setting.deviations(
-        case.total_queries * (case.heads + case.kv_heads) * (min(case.context, case.topk * BLOCK) + 2)
+        case.total_queries * (case.heads + case.kv_heads) * (min(case.context, case.topk * view.span) + 2)
     )
     surprise = setting.surprise(case.total_queries * case.heads)
     lane = case.gqa
-    for row, head, pairs in _chunks(view):
+    for row, head, pairs in gathered(view):
         index = (head[:, None] * lane + torch.arange(lane, device=head.device), row[:, None])
         wanted, given = expected[index[1], index[0]].double(), actual[index[1], index[0]].double()
         model = noise(pairs, wanted, actual.dtype, view.problem.sm_scale, setting, deviations)

@@ -24,6 +24,9 @@ CANCELLED = 1e-5
 ABSURD = 1000.0
 """Times its weight: a token so light that only this much of it could be seen is not looked for."""
 
+WIDE = ("block", "run")
+"""Kinds that are tried on block sums."""
+
 EXPLAINED = 0.3
 """Share of the squared error above which a defect is said to be the cause."""
 
@@ -32,7 +35,7 @@ EXPLAINED = 0.3
 class Match:
     """The defect that fits best so far."""
 
-    kind: str  # token, block, scale, factor
+    kind: str  # token, block, run (of listed tokens), scale, factor
     z: float  # what is left after bias, in standard deviations
     limit: float
     amount: float  # fitted size: -1 is lost, +1 is doubled; of a scale, the relative change
@@ -40,7 +43,7 @@ class Match:
     row: int
     kv_head: int
     group: int | None  # query head within the group; None for the whole group
-    token: int = 0  # position in the request, or the block id
+    token: int = 0  # position in the request, the block id, or a run's first token by its place among the listed
 
     @property
     def red(self) -> bool:
@@ -49,7 +52,8 @@ class Match:
 
     def place(self) -> str:
         """The token or block in words."""
-        return {"token": f", token {self.token}", "block": f", block {self.token}"}.get(self.kind, "")
+        words = {"token": "token", "block": "block", "run": f"the {BLOCK} listed tokens from number"}
+        return f", {words[self.kind]} {self.token}" if self.kind in words else ""
 
     def hint(self, position: int) -> str:
         """What the mistake looks like, for a query at `position`."""
@@ -62,7 +66,7 @@ class Match:
         else:
             what = "lost or masked" if self.amount < 0 else "counted twice"
             what = what if 0.5 < abs(self.amount) < 2 else f"given {1 + self.amount:.2f} times its weight"
-            text = f"like {self.kind} {self.token} {what}"
+            text = f"like{self.place().removeprefix(',')} {what}"
             if self.kind == "token" and self.token == position:
                 text += ", the query's own (mask off by one?)"
         if self.share < EXPLAINED:
@@ -101,10 +105,10 @@ def best_token(
     share = model.weight.unflatten(-1, (-1, BLOCK)).sum(-1)
     shift = model.block_sum - share[..., None] * o[:, :, None]  # [P, G, S, D]
     size = (shift.square() * precision[:, :, None]).sum(-1)
-    blocks = _Filter("block", (shift * pull[:, :, None]).sum(-1), size, torch.zeros_like(size))
+    blocks = _Filter("run" if pairs.listed else "block", (shift * pull[:, :, None]).sum(-1), size, torch.zeros_like(size))
 
     def direction(kind: str, pair: Tensor, place: Tensor) -> Tensor:
-        if kind == "block":
+        if kind in WIDE:
             moved: Tensor = shift[pair, :, place] * precision[pair]
             return moved
         weighed = weight[pair, :, place][..., None]  # [c, G, 1]
@@ -177,7 +181,8 @@ def _search(  # type: ignore[no-untyped-def]
         values = [score[index], amount, share, pair[last][index], place[last][index], line[last][index] % group_size]
         z_, amount_, share_, pair_, place_, head_ = torch.stack([x.double() for x in values]).tolist()
         if best is None or z_ > best.z:
-            token = int(pairs.token[int(pair_), int(place_) * (BLOCK if family.kind == "block" else 1)])
+            slot = int(place_) * (BLOCK if family.kind in WIDE else 1)
+            token = slot if family.kind == "run" else int(pairs.token[int(pair_), slot])
             best = Match(
                 family.kind,
                 z_,

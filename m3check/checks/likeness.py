@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from m3check.checks.view import View
-from m3check.types import BLOCK
 
 ALIKE = 0.05
 """A guess must leave less than this share of the error."""
@@ -53,8 +51,8 @@ def _attention(view: View, row: int, head: int, factor: float) -> Tensor:
     assert v is not None
     kv_head = head // view.case.gqa
     ids = view.attended[kv_head, row].unique()
-    token = (ids[:, None] * BLOCK + torch.arange(BLOCK, device=ids.device)).flatten()
-    token = token[(token >= 0) & (token <= view.rows.position[row])] + view.rows.kv_start[row]
+    token = view.tokens(ids)
+    token = token[(token >= 0) & (token <= view.last[row])] + view.rows.kv_start[row]
     logits = k[token, kv_head].double() @ q[row, head].double() * (view.problem.sm_scale * factor)
     attention: Tensor = logits.softmax(0) @ v[token, kv_head].double()
     return attention

@@ -22,6 +22,9 @@ from m3check.types import BLOCK, DTYPES
 SUBTILE = 32
 """Tokens of the smallest tile that an online softmax walks in (AMD's attention on gfx942)."""
 
+SMALLEST = 16
+"""The same for a list of tokens, of which a matrix instruction takes no fewer."""
+
 CELLS = 16
 """Logits this fraction of a rounding cell apart are taken to round alike."""
 
@@ -52,6 +55,8 @@ class Pairs:
     there: Tensor  # [P, n] bool: tokens that exist, future ones included
     token: Tensor  # [P, n] int64: position in the request
     whole: bool  # all elements of q and k are integers
+    subtile: int = SUBTILE  # tokens of the smallest tile that a kernel walks in
+    listed: bool = False  # tokens in the order of a list, which have no blocks: runs of as many stand for them
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def noise(
     logit = logit.masked_fill(~attended, 0)
     held = getattr(torch, DTYPES[setting.profile.queries]) if setting.profile.queries else dtype
     u = _weight_rounding(held, setting.pv)
-    weight_bias, weight_deviation, weight_most = _weight_errors(sums, logit, m, sm_scale)
+    weight_bias, weight_deviation, weight_most = weight_errors(sums, logit, m, sm_scale)
 
     v = pairs.v
     blocks = weight.unflatten(-1, (-1, BLOCK)).transpose(1, 2) @ v.unflatten(1, (-1, BLOCK))  # [P, S, G, D]
@@ -118,7 +123,7 @@ def noise(
     most = random @ pairs.v_abs + o.abs() * random.sum(-1, keepdim=True)
 
     tokens = pairs.attended.sum(-1)[:, None, None].float()
-    steps = tokens / SUBTILE + 1
+    steps = tokens / pairs.subtile + 1
     own, bias, pv_most = _summing(setting.pv, tokens + 2 * steps, partial, size, block_sum, sizes)
     if setting.profile.partials != "fp32":
         rounded = FORMATS[dtype].u
@@ -170,7 +175,7 @@ def _weight_rounding(dtype: torch.dtype, pv: Accumulator) -> float:
     return u if pv.operand_bits is None else max(u, 2.0 ** (1 - pv.operand_bits))
 
 
-def _weight_errors(sums: DotError, logit: Tensor, m: Tensor, sm_scale: float) -> tuple[Tensor | None, Tensor, Tensor]:
+def weight_errors(sums: DotError, logit: Tensor, m: Tensor, sm_scale: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """(bias, deviation, most) of the relative error of each weight, before p is rounded."""
     t, distance = logit.abs() * LOG2E, (logit - m).abs() * LOG2E
     steps = LN2 * U32 * (2 * t + 3 * distance) + EXP2_ERROR  # product, subtraction, exp2
@@ -183,6 +188,11 @@ def _bins(logit: Tensor, width: float) -> Tensor:
     """The bin of each logit, int32."""
     # The offset keeps exact ties off the edges, where noise of the last bit would part them.
     return torch.floor(logit / max(width, TIE) + 0.381966).clamp(-(2**31), 2**31 - 128).int()
+
+
+def coherence_of(logit: Tensor, u: float, weight: Tensor) -> Tensor:
+    """[P, G] how much more than Σ ŵ² the weights add up to that a rounding of relative size `u` moves alike."""
+    return _coherence(_bins(logit, 2 * u / CELLS), weight)
 
 
 def _coherence(bin_: Tensor, weight: Tensor) -> Tensor:

@@ -36,6 +36,11 @@ def _attended(view: View) -> Tensor:
     return rows.repeat_interleave(view.case.gqa, dim=1)[..., None]  # [T, Hq, 1]
 
 
+def _weighed(view: View) -> Tensor:
+    """A dead row's logsumexp is whatever weighs nothing."""
+    return ~dead_rows(view).repeat_interleave(view.case.gqa, dim=1)  # [T, Hq]
+
+
 OUTPUTS: Mapping[str, Output] = {
     "score": Output(1, visible_cells, "index head {0}, block {2}", float("nan")),  # missing blocks are invisible
     "ids": Output(1, _every, "index head {0}, slot {2}"),
@@ -47,6 +52,7 @@ OUTPUTS: Mapping[str, Output] = {
     "cached_k": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_v": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_idx_k": Output(0, _every, "channel {2}"),
+    "lse": Output(0, _weighed, "query head {1}"),
     "out": Output(0, _attended, "query head {1}, channel {2}"),
     "pages": Output(0, _every, "cell {1}"),
     "context": Output(0, _every, "its length"),

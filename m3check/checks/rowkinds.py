@@ -9,9 +9,9 @@ from m3check.checks.view import View
 
 
 def valid_ids(view: View) -> Tensor:
-    """[T, Hkv, topk] bool: ids of visible blocks; the others contribute nothing."""
+    """[T, Hkv, topk] bool: ids of visible blocks, or of tokens; the others contribute nothing."""
     ids = view.attended.transpose(0, 1)
-    return (ids >= 0) & (ids < view.rows.visible[:, None, None])
+    return (ids >= 0) & (ids < view.listable[:, None, None])
 
 
 def dead_rows(view: View) -> Tensor:
@@ -29,8 +29,8 @@ def promised_rows(view: View) -> Tensor:
     promised = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device)
     if view.problem.topk_idx is None:
         return promised
-    count = view.rows.visible.clamp(max=view.case.topk)[:, None]
-    unseen = ids >= view.rows.visible[:, None, None]
+    count = view.listable.clamp(max=view.case.topk)[:, None]
+    unseen = ids >= view.listable[:, None, None]
     slot = torch.arange(1, view.case.topk + 1, device=ids.device)
     last = (valid * slot).amax(-1, keepdim=True)
     kinds = {

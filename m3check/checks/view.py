@@ -81,6 +81,26 @@ class View:
         return self.run.outputs[name]
 
     @cached_property
+    def span(self) -> int:
+        """Tokens that one listed id stands for."""
+        return 1 if self.op.family == "latent" else BLOCK
+
+    @cached_property
+    def last(self) -> Tensor:
+        """[T] the last token that a row may attend to: its own, or any of its request where the list alone decides."""
+        return self.rows.kv_len - 1 if self.op.family == "latent" else self.rows.position
+
+    @cached_property
+    def listable(self) -> Tensor:
+        """[T] how many ids, from 0, name something that a row may attend to."""
+        return self.rows.kv_len if self.op.family == "latent" else self.rows.visible
+
+    def tokens(self, ids: Tensor) -> Tensor:
+        """The tokens [..., span · n] that ids [..., n] stand for; negative for a negative id."""
+        within = torch.arange(self.span, device=ids.device)
+        return (ids[..., None] * self.span + within).flatten(-2)
+
+    @cached_property
     def attended(self) -> Tensor:
         """The id lists [H, T, topk] that attention was given: the op's input, or in a chain the kernel's own selection."""
         ids = self.problem.topk_idx if self.problem.topk_idx is not None else self.run.outputs["ids"]

@@ -19,6 +19,7 @@ from m3check.reference.index_decode_score import index_decode_score
 from m3check.reference.index_score import index_score
 from m3check.reference.index_topk import index_topk
 from m3check.reference.indexer import indexer
+from m3check.reference.mla_sparse import mla_sparse
 from m3check.reference.sparse_attn import sparse_attn
 from m3check.reference.sparse_attn_decode import sparse_attn_decode
 from m3check.reference.sparse_pa_table import sparse_pa_table
@@ -34,6 +35,7 @@ __all__ = [
     "index_score",
     "index_topk",
     "indexer",
+    "mla_sparse",
     "prefill",
     "sparse_attn",
     "sparse_attn_decode",
@@ -61,6 +63,7 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
         "ids score plain_score",
     ),
     "index_topk_cp": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
+    "mla_sparse": (mla_sparse, "q k topk_idx requests sm_scale dtype", "out lse"),
     "prefill": (prefill, "idx_q idx_k q k v requests topk init_blocks local_blocks sm_scale dtype", "score ids out lse"),
     "decode": (
         decode,

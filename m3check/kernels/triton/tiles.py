@@ -77,6 +77,18 @@ def head_tile() -> int:
     return 256 if interpreted() else 16
 
 
+def latent_heads(heads: int) -> int:
+    """Query heads of one program of latent attention; all of them read the same keys."""
+    return max(16, min(power_of_two(heads), 128)) if interpreted() else 16
+
+
+def latent_keys(dtype: torch.dtype) -> int:
+    """Listed tokens of one step of latent attention, whose keys have 576 channels."""
+    if interpreted():
+        return 128
+    return 16 if dtype is torch.float32 else 32
+
+
 def head_rows(gqa: int) -> int:
     """Query heads of one KV head as rows of a tile; tl.dot wants 16 at least."""
     return max(16, power_of_two(gqa))
@@ -114,6 +126,8 @@ CHOICES = (
             score_rows=lambda rows, dtype: 16,
             score_keys=lambda dtype: 32,
             attention_keys=lambda dtype: 32,
+            latent_heads=lambda heads: 16,
+            latent_keys=lambda dtype: 16,
             selection=lambda columns, rows: (2, 16),
             head_tile=lambda: 4,
         ),

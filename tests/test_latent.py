@@ -1,0 +1,170 @@
+"""mla_sparse: its reference, and that its checks refuse wrong kernels by name and pass right ones that add up otherwise."""
+
+import math
+
+import pytest
+import torch
+
+from m3check import cases, checks, reference, runner
+from m3check.arch import ARCHS
+from m3check.kernels import contract
+from m3check.types import Kernel, Profile, Status
+
+CASES = {
+    "full": "mla_sparse/q=2+3,kv=150+70,h=1,g=4,d=192,topk=64",
+    "late": "mla_sparse/q=3,kv=200,h=1,g=4,d=192,topk=64,ids=late",
+    "holes": "mla_sparse/q=5,kv=300,h=1,g=4,d=192,topk=128,ids=holes",
+    "empty": "mla_sparse/q=5,kv=90,h=1,g=4,d=192,topk=64,layout=pool,ids=empty",
+    "fp32": "mla_sparse/q=3,kv=140,h=1,g=4,d=192,topk=64,dtype=fp32,cache=fp32,ids=holes",
+}
+
+
+def kernel(tile=16, splits=1, *, reverse=False, base=1.0, mask=True, lost=None, start=-1e30, rope=True, lse_base=1.0):
+    """Online softmax over tiles of the list, in parts that are merged; keywords make it another one."""
+
+    def part(q, kv, row, sm_scale, d_v):
+        top = torch.full((q.shape[0], 1), start)
+        total, acc = torch.zeros(q.shape[0], 1), torch.zeros(q.shape[0], d_v)
+        tiles = list(row.split(tile))
+        for ids in reversed(tiles) if reverse else tiles:
+            listed = (ids >= 0) & (ids < len(kv)) if mask else torch.ones_like(ids, dtype=torch.bool)
+            k = kv[ids.clamp(0, len(kv) - 1).long(), 0].float().masked_fill(~listed[:, None], 0)
+            if mask is None:
+                k = kv[ids.clamp(0, len(kv) - 1).long(), 0].float()
+            width = kv.shape[-1] if rope else d_v
+            logit = q[:, :width].float() @ k[:, :width].T * sm_scale * base
+            logit = logit.masked_fill(~listed, -math.inf if start == -math.inf else -1e30)
+            new = torch.maximum(top, logit.amax(1, keepdim=True))
+            p = (logit - new).exp()
+            if start != -math.inf:
+                p = p.masked_fill(~listed, 0)
+            decay = (top - new).exp()
+            total = total * decay + p.sum(1, keepdim=True)
+            acc = acc * decay + p.to(q.dtype).float() @ k[:, :d_v]
+            top = new
+        return top, total, acc
+
+    def mla_sparse(q, kv, indices, sm_scale, d_v):
+        out = torch.empty(*q.shape[:2], d_v, dtype=q.dtype)
+        lse = torch.empty(q.shape[:2])
+        for t in range(len(q)):
+            parts = [part(q[t], kv, ids, sm_scale, d_v) for ids in indices[t, 0].chunk(splits)]
+            parts = [each for i, each in enumerate(parts) if i != lost]
+            top = torch.stack([p[0] for p in parts]).amax(0)
+            weights = [(p[0] - top).exp() for p in parts]
+            total = sum(p[1] * w for p, w in zip(parts, weights, strict=True))
+            acc = sum(p[2] * w for p, w in zip(parts, weights, strict=True))
+            safe = total if start == -math.inf else total.masked_fill(total == 0, 1)
+            out[t] = (acc / safe).to(q.dtype)
+            lse[t] = ((top + total.log()) * lse_base)[:, 0]
+        return out, lse
+
+    return mla_sparse
+
+
+PROFILE = Profile()
+
+
+def judged(case_id, function, profile=PROFILE):
+    case = cases.parse_id(case_id)
+    inputs = cases.make_inputs(case)
+    run = contract.call(Kernel("t", case.op, "mine", profile, function), inputs)
+    setting = checks.Setting(profile=profile, evidence="interpreted", arch=ARCHS["sm80"])
+    return run, {f.check: f for f in runner.Judge(inputs, setting)(inputs, run) if f.status is Status.FAILED}
+
+
+RIGHT = {
+    "as it comes": kernel(),
+    "one tile": kernel(tile=128),
+    "tiles in reverse": kernel(tile=32, reverse=True),
+    "four parts": kernel(splits=4),
+    "parts of one tile": kernel(tile=16, splits=8),
+}
+
+
+@pytest.mark.parametrize("how", RIGHT)
+def test_right_kernels_pass_in_any_order_and_split(how):
+    for case in CASES.values():
+        _, red = judged(case, RIGHT[how])
+        assert not red, (case, red)
+
+
+WRONG = {
+    "a mask dropped": ("holes", kernel(mask=False), {"lse"}),
+    "-1 read as a row": ("holes", kernel(mask=None), {"lse"}),
+    "a part lost": ("full", kernel(splits=4, lost=1), {"element", "lse"}),
+    "base e taken for 2": ("full", kernel(base=math.log(2)), {"scale", "lse"}),
+    "rotary channels left out": ("full", kernel(rope=False), {"element", "lse"}),
+    "nothing listed in the first tile": ("late", kernel(start=-math.inf), {"finite", "lse"}),
+    "a logsumexp of the other base": ("full", kernel(lse_base=1 / math.log(2)), {"lse"}),
+    "a softmax scale off by two percent": ("full", kernel(base=1.02), {"lse"}),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_wrong_kernels_are_refused(how):
+    case, function, names = WRONG[how]
+    _, red = judged(CASES[case], function)
+    assert names <= set(red), (names, red)
+    assert names == {"lse"} or {"finite", "element", "scale"} & set(red)
+
+
+def test_a_lost_token_is_named():
+    def drops_one(q, kv, indices, sm_scale, d_v):
+        indices = indices.clone()
+        indices[1, 0, 5] = -1
+        return kernel()(q, kv, indices, sm_scale, d_v)
+
+    case = cases.parse_id(CASES["full"])
+    _, red = judged(CASES["full"], drops_one)
+    token = int(cases.make_inputs(case).topk_idx[0, 1, 5])
+    assert f"token {token} lost" in red["token"].hint
+    assert "request 0, query 1" in red["token"].where
+
+
+def test_a_promised_base_is_what_is_compared():
+    _, red = judged(CASES["full"], kernel(lse_base=1 / math.log(2)), Profile(lse="base2"))
+    assert not red
+    _, red = judged(CASES["full"], kernel(), Profile(lse="base2"))
+    assert "other base" in red["lse"].hint
+
+
+def test_rows_that_list_nothing_are_zero_and_weigh_nothing():
+    run, red = judged(CASES["empty"], kernel())
+    assert not red
+    assert not run.outputs["out"][1].any()
+    wrong = lambda **given: (out := kernel()(**given))[0].index_fill_(0, torch.tensor([1]), 1.0) is None or out  # noqa: E731
+    assert "dead_row" in judged(CASES["empty"], lambda q, kv, indices, sm_scale, d_v: wrong(
+        q=q, kv=kv, indices=indices, sm_scale=sm_scale, d_v=d_v))[1]  # fmt: skip
+
+    def heavy(q, kv, indices, sm_scale, d_v):
+        out, lse = kernel()(q, kv, indices, sm_scale, d_v)
+        return out, lse.clamp(min=0)
+
+    assert "weigh nothing" in judged(CASES["empty"], heavy)[1]["lse"].hint
+
+
+def test_the_reference_is_a_softmax_over_the_listed_tokens_alone():
+    case = cases.parse_id(CASES["holes"])
+    inputs = cases.make_inputs(case)
+    expected = reference.expected(inputs)
+    for row in range(case.total_queries):
+        listed = [int(i) for i in inputs.topk_idx[0, row] if i >= 0]
+        keys = torch.stack([inputs.k[i, 0] for i in listed]).double()
+        logits = keys @ inputs.q[row, 2].double() * inputs.sm_scale
+        torch.testing.assert_close(expected["out"][row, 2], logits.softmax(0) @ keys[:, :128])
+        torch.testing.assert_close(expected["lse"][row, 2], torch.logsumexp(logits, 0) / math.log(2))
+
+
+def test_lists_are_what_their_words_say():
+    ids = {word: cases.make_inputs(cases.parse_id(case)).topk_idx[0] for word, case in CASES.items()}
+    assert (ids["late"][:, :32] == -1).all()
+    assert (ids["late"][:, 32:] >= 0).all()
+    assert (ids["empty"][1] == -1).all()
+    assert (ids["empty"][0] >= 0).any()
+    inner = (ids["holes"][:, :-1] == -1) & (ids["holes"][:, 1:] >= 0)
+    assert inner.any()
+    for rows in ids.values():
+        for row in rows.tolist():
+            listed = [i for i in row if i >= 0]
+            assert len(set(listed)) == len(listed)
