@@ -43,7 +43,6 @@ class Browser:
         self._session: str | None = None
         self.messages: list[str] = []
         self.requests: list[str] = []
-        self._loaded = False
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -66,11 +65,11 @@ class Browser:
         self.ask("Page.navigate", url="about:blank")
         self.messages.clear()
         self.requests.clear()
-        self._loaded = False
         self.ask("Page.navigate", url=f"{path.as_uri()}#{hash}")
         until = time.monotonic() + PATIENCE
-        while not self._loaded or self.js("location.href") == "about:blank":
-            self._read(until)
+        while self.js("document.readyState + location.protocol") != "completefile:":
+            assert time.monotonic() < until, "the page never came to an end"
+            time.sleep(0.02)
 
     def js(self, expression: str) -> Any:
         """The value of an expression in the page."""
@@ -105,9 +104,7 @@ class Browser:
         return message
 
     def _heard(self, method: str, params: dict[str, Any]) -> None:
-        if method == "Page.loadEventFired":
-            self._loaded = True
-        elif method == "Network.requestWillBeSent":
+        if method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"].partition("#")[0])
         elif method in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
             self.messages.append(json.dumps(params))

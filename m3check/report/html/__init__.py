@@ -22,7 +22,10 @@ from m3check.report.tables import clean
 from m3check.report.tally import verdict
 from m3check.types import Record
 
-SCRIPTS = ("model.js", "draw.js", "top.js", "list.js", "page.js")
+SCRIPTS = tuple(f"{name}.js" for name in (
+    "model", "elements", "distribution", "places", "top", "filters", "kernels", "results", "more", "page",
+))  # fmt: skip
+"""One script in the page: a later one uses what earlier ones name."""
 
 
 def render(records: Sequence[Record]) -> str:
