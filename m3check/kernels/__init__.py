@@ -45,6 +45,13 @@ PROVIDERS: tuple[Provider, ...] = (
         "m3check.kernels.fmha_sm100",
     ),
     Provider(
+        "flashinfer",
+        ("flashinfer", "flashinfer:PATH"),
+        "FlashInfer's msa_ops for SM120 and SM121: installed, or at PATH (a checkout, a site-packages folder)",
+        "an SM120 or SM121 GPU, flashinfer-python 0.6.18 or newer",
+        "m3check.kernels.flashinfer",
+    ),
+    Provider(
         "user",
         ("./file.py", "package.module"),
         "your own kernels: functions named like the ops (see m3check kernels --signatures)",
@@ -56,7 +63,7 @@ PROVIDERS: tuple[Provider, ...] = (
 _PUBLISHED: Mapping[str, Project] = {project.name: project for project in (VLLM, SGLANG)}
 """Providers that may be named by a version or by a path."""
 
-_LIBRARIES = frozenset({"fmha_sm100"})
+_LIBRARIES = frozenset({"fmha_sm100", "flashinfer"})
 """Providers that are installed, or named by a path."""
 
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!]*")
