@@ -121,7 +121,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     results: dict[journal.Key, Result] = {}
     for line in lines:
         if line.skip is not None:
-            results[_key(line)] = _without_running(line, Status.SKIPPED, line.skip, options)
+            results[_key(line)] = without_running(line, Status.SKIPPED, line.skip, options)
     due = [line for line in lines if line.skip is None]
     groups = list(dict.fromkeys(Group(line.provider, line.evidence) for line in due))
     jobs = options.jobs or default_jobs(evidence)
@@ -151,7 +151,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     ordered = told_once([results[k] for line in lines if (k := _key(line)) in results])
     facts["power"] = power.summary(ordered)
     facts["dispatch"] = dispatch.summary(arch.name, ordered, facts.get("providers", {}))
-    return _record(gated, ordered, facts, interrupted)
+    return record(options, gated.judge(ordered, broken=interrupted), facts, interrupted)
 
 
 def circumstances(evidence: Evidence, why: str, jobs: int) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _run_due(
 
         for line, answer in pool.run(tasks, message):
             if isinstance(answer, isolate.Death):
-                result = _without_running(line, Status(answer.kind), answer.reason, options)
+                result = without_running(line, Status(answer.kind), answer.reason, options)
             else:
                 import msgspec
 
@@ -243,7 +243,8 @@ def _run_due(
         book.close()
 
 
-def _without_running(line: PlanLine, status: Status, reason: str, options: RunOptions) -> Result:
+def without_running(line: PlanLine, status: Status, reason: str, options: RunOptions) -> Result:
+    """The result of a case that no worker answered for."""
     axes, command = _cases.parse_id(line.case).axes(), runner.repro(line, options)
     return Result(line.case, line.op, line.provider, line.op, line.evidence, axes, status, reason, repro=command)
 
@@ -260,16 +261,17 @@ def default_jobs(evidence: str) -> int:
     return min(cores, 16) if evidence == "device" else cores
 
 
-def _record(gated: gate.Gate, ordered: tuple[Result, ...], facts: dict[str, Any], interrupted: bool) -> Record:
+def record(
+    options: RunOptions, judged: gate.Judgement, facts: dict[str, Any], interrupted: bool, command: str = ""
+) -> Record:
+    """The record of judged results; `facts` are its environment, `command` the line that asked for it (else a run's)."""
     from m3check import __version__
     from m3check.report import exits
 
-    options, judged = gated.options, gated.judge(ordered, broken=interrupted)
-    results = judged.results
     if judged.facts is not None:
         facts[GATE] = judged.facts
     verdict = exits.judge(
-        results,
+        judged.results,
         options.kernels,
         strict=options.strict,
         require=options.require,
@@ -281,8 +283,8 @@ def _record(gated: gate.Gate, ordered: tuple[Result, ...], facts: dict[str, Any]
         tool={"name": "m3check", "version": __version__},
         arch=options.arch,
         environment=facts,
-        command=options.command,
+        command=command or options.command,
         exit=verdict,
-        summary=exits.summarise(results),
-        results=results,
+        summary=exits.summarise(judged.results),
+        results=judged.results,
     )

@@ -25,6 +25,7 @@ COMMANDS = (  # in the order of the help: name, one line
     ("compare", "two records of one target: what got worse; exits 1 on a regression"),
     ("merge", "several records of one target into one"),
     ("soak", "many seeds of the same cases, told in few words: for false alarms and rare mistakes"),
+    ("fuzz", "search for failing cases that nobody wrote down, and make them small"),
     ("mutants", "measure the harness: wrong kernels on purpose, and how many of them a tier turns red"),
     ("doctor", "what this machine has, what is missing, and what to do about it"),
     ("schema", "the JSON Schema of report.json"),
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     _mutants(made["mutants"])
     _selection(made["soak"])
     _soak(made["soak"])
+    _fuzz(made["fuzz"])
     return whole
 
 
@@ -179,6 +181,24 @@ def _soak(command: argparse.ArgumentParser) -> None:
     how.add_argument("--timeout", type=float, metavar="S", help="seconds for 50 seeds of a case (default 200)")
     _switch(how, "--strict", help="noted, mistrusted and inconclusive are red as well")
     how.add_argument("--out", metavar="DIR", help="write soak.json there")
+
+
+def _fuzz(command: argparse.ArgumentParser) -> None:
+    what = command.add_argument_group("what")
+    what.add_argument("--arch", metavar="ARCH", help="target (default this machine's GPU, else sm90)")
+    what.add_argument("--kernels", nargs="+", action="extend", metavar="SPEC", help="whose kernels (default triton)")
+    what.add_argument("--op", nargs="+", action="extend", metavar="OP", help="only these ops (default: all)")
+    _switch(what, "--offline", help="never connect; a wheel must be in the cache")
+    how = command.add_argument_group("how")
+    how.add_argument("--time", metavar="T", help="how long: 90s, 10m (default), 2h; no limit with --max-examples or --ci")
+    how.add_argument("--max-examples", type=int, metavar="N", help="so many of each op and provider (default: no limit)")
+    how.add_argument("--seed", type=int, metavar="N", help="the same cases whenever N is the same; keeps no examples")
+    how.add_argument("--ci", action="store_true", help="--seed 0 --max-examples 50")
+    how.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: as the machine allows)")
+    how.add_argument("--timeout", type=float, metavar="S", help="seconds a case, compilation apart (default 120)")
+    _switch(how, "--strict", help="noted, mistrusted and inconclusive are red as well")
+    how.add_argument("--ledger", metavar="FILE", help="TOML file of known failures, which are passed over (docs/ci.md)")
+    how.add_argument("--out", metavar="DIR", help="folder of reports and failing examples (default reports/fuzz-<arch>/)")
 
 
 def _mutants(command: argparse.ArgumentParser) -> None:

@@ -66,17 +66,18 @@ class Progress:
 
     def _redraw(self, event: Event) -> None:
         now = self._clock()
-        if now - self._drawn < REDRAW and event.done < event.total:
+        if now - self._drawn < REDRAW and event.done != event.total:
             return
         self._drawn = now
         current = event.running or (event.result.case if event.result else "")
         eta = self._eta(event, now)
-        text = f"{event.done}/{event.total} · {self._red} red{eta} · {current}"
+        done = f"{event.done}/{event.total}" if event.total else f"{event.done} tried"
+        text = f"{done} · {self._red} red{eta} · {current}"
         self._write(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}")
 
     def _eta(self, event: Event, now: float) -> str:
         done = event.done - (self._first_done or 0)  # a resumed run's earlier results took no time now
-        if done <= 0:
+        if done <= 0 or not event.total:
             return ""
         left = int((now - self._started) / done * (event.total - event.done))
         return f" · {left // 60}:{left % 60:02d} left"

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
 
         saving.check()
     try:
-        with _signals(signal.SIGTERM, _interrupt):  # what ends a job in CI must leave a report as ctrl-C does
+        with signals(signal.SIGTERM, interrupt):  # what ends a job in CI must leave a report as ctrl-C does
             record = _run(options, progress)
     except Exception:
         with suppress(OSError):
@@ -49,12 +49,21 @@ def main(arguments: argparse.Namespace) -> int:
         raise
     finally:
         progress.close()
-    with _signals(signal.SIGINT, signal.SIG_IGN):  # a second ctrl-C must not cut the report off
-        record, report = _write(record, options.folder)
+
+    def save(record: Record) -> None:
+        if options.save_failures:
+            for folder in saving.save(record, options, talk):
+                talk(f"m3check: saved {folder}: python {folder}/repro.py")
+
+    return finish(record, options.folder, save)
+
+
+def finish(record: Record, folder: Path, then: Callable[[Record], None] = lambda record: None) -> int:
+    """Write the reports and print the summary; the last line says code, reason and where the report is."""
+    with signals(signal.SIGINT, signal.SIG_IGN):  # a second ctrl-C must not cut the report off
+        record, report = _write(record, folder)
     _print(record)
-    if options.save_failures:
-        for folder in saving.save(record, options, talk):
-            talk(f"m3check: saved {folder}: python {folder}/repro.py")
+    then(record)
     github.tell(record)
     talk(f"m3check: exit {record.exit.code}: {record.exit.reason}; report: {report}")
     return record.exit.code
@@ -150,7 +159,8 @@ def _os(error: OSError) -> str:
 
 
 @contextmanager
-def _signals(number: signal.Signals, handler: Any) -> Iterator[None]:
+def signals(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Another handler of one signal, for a while."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may have handlers
         return
@@ -161,5 +171,6 @@ def _signals(number: signal.Signals, handler: Any) -> Iterator[None]:
         signal.signal(number, previous)
 
 
-def _interrupt(*_: object) -> NoReturn:
+def interrupt(*_: object) -> NoReturn:
+    """End as ctrl-C does."""
     raise KeyboardInterrupt
