@@ -12,7 +12,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -87,9 +87,9 @@ class Modules:
             self._modules = _taken_out(self._root)
             sys.modules.update(outside)
 
-    def add(self, name: str, **attributes: Any) -> None:
+    def add(self, name: str, kind: type[ModuleType] = ModuleType, **attributes: Any) -> None:
         """Put a stand-in in place, with these attributes; the packages above it must be there."""
-        module = ModuleType(name, "A stand-in of m3check.")
+        module = kind(name, "A stand-in of m3check.")
         module.__path__ = []
         module.__dict__.update(attributes)
         self._modules[name] = module
@@ -101,11 +101,13 @@ class Modules:
 class World(Modules):
     """vLLM's modules, for the kernel files below `vllm/models/minimax_m3/*/ops`."""
 
-    def __init__(self, folder: Path, arch: Arch, pdl: bool) -> None:
+    def __init__(self, folder: Path, arch: Arch, pdl: bool, more: Container[str] = ()) -> None:
+        """`more` names further modules that are executed."""
         import triton
         import triton.language as tl
 
-        super().__init__("vllm", folder, lambda name: name.startswith("vllm.models.minimax_m3.") and ".ops." in name)
+        kernels = "vllm.models.minimax_m3."
+        super().__init__("vllm", folder, lambda name: (name.startswith(kernels) and ".ops." in name) or name in more)
         for package in ("vllm", "vllm.utils", "vllm.models", "vllm.models.minimax_m3"):
             self.add(package)
         for branch in ("amd", "common", "nvidia"):
@@ -127,6 +129,11 @@ class World(Modules):
             round_up=lambda a, b: -(a // -b) * b,
             next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
         )
+
+    @property
+    def pdl(self) -> bool:
+        """Whether `is_arch_support_pdl` is answered with yes."""
+        return self._platform._pdl
 
     def dependent_launch(self, on: bool) -> None:
         """Answer `is_arch_support_pdl` so from now on; vLLM's wrappers ask at every call."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.arch import Arch
-from m3check.kernels import reading, vllm_amd
+from m3check.kernels import reading, vllm_amd, vllm_layer
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.locate import TREE, Source, locate
@@ -73,6 +73,8 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
         return cannot_compile(case, arch, evidence)
     choices, missing = choose(source, arch)
     paired = production.there(source.folder, source.version, arch, evidence)
+    if OPS[case.op].phase == "mixed" and (sentence := vllm_layer.missing(source.folder)):
+        return sentence
     for op in OPS[case.op].chain or (case.op,):
         if paired and production.takes(op, case):
             continue
@@ -114,6 +116,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
             raise M3CheckError(_import_failure(source, f"{package}.{vllm_amd.file_of(op)}", error)) from error
         kernels[op] = Kernel(spec.text, op, vllm_amd.PIECES[op].name, vllm_amd.profile(op), function)
     all_kernels, all_missing = with_chains(kernels, missing)
+    vllm_layer.put_in(all_kernels, all_missing, source.folder, arch, world.pdl)
     loaded = Loaded(
         spec,
         all_kernels,
@@ -193,6 +196,8 @@ def _refusal(
 ) -> str | None:
     if op in vllm_amd.PIECES:
         return vllm_amd.refusal(op, case, source.folder / TREE / "amd/ops") or cannot_compile(case, arch, evidence)
+    if OPS[case.op].phase == "mixed" and (sentence := vllm_layer.refusal(arch, case)):
+        return sentence
     found = choices[op].reading
     scores = op in ("index_score", "index_decode_score", "index_decode")
     if scores and case.head_dim & (case.head_dim - 1):
