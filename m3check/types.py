@@ -126,6 +126,13 @@ OPS: Mapping[str, Op] = {
             ("index_decode", "index_score", "index_topk", "sparse_attn_decode", "sparse_attn"),
             family="indexer",
         ),
+        Op(
+            "qknorm_rope_insert",
+            "prefill",
+            ("q", "q_codes", "k", "idx_q", "idx_k", "cached_k", "cached_v", "cached_idx_k"),
+            "norm and rotate fresh queries and keys, insert keys and values into the caches",
+            family="insert",
+        ),
     )
 }
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.arch import Arch
-from m3check.kernels import reading, vllm_amd, vllm_layer
+from m3check.kernels import reading, vllm_amd, vllm_insert, vllm_layer
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.locate import TREE, Source, locate
@@ -82,7 +82,7 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
             return missing[op]
         if case.scales != "none" and op.startswith("sparse_attn") and "k_scale" not in choices[op].reading.parameters:
             return f"{choices[op].reading.function} takes no k_scale and v_scale, so it cannot read a scaled cache"
-        sentence = _refusal(source, choices, arch, evidence, op, case)
+        sentence = _refusal(source, choices, arch, evidence, None, op, case)
         if sentence:
             return sentence
     return None
@@ -115,6 +115,8 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         except Exception as error:
             raise M3CheckError(_import_failure(source, f"{package}.{vllm_amd.file_of(op)}", error)) from error
         kernels[op] = Kernel(spec.text, op, vllm_amd.PIECES[op].name, vllm_amd.profile(op), function)
+    if evidence == "device" and vllm_insert.OP not in missing:
+        kernels[vllm_insert.OP] = vllm_insert.kernel(spec.text, source.folder)
     all_kernels, all_missing = with_chains(kernels, missing)
     vllm_layer.put_in(all_kernels, all_missing, source.folder, arch, world.pdl)
     loaded = Loaded(
@@ -123,7 +125,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         all_missing,
         _description(source, choices, arch),
         source.warnings,
-        functools.partial(_refusal, source, choices, arch, evidence),
+        functools.partial(_refusal, source, choices, arch, evidence, kernels.get(vllm_insert.OP)),
         world.dependent_launch if arch.pdl else None,
     )
     paired = production.there(source.folder, source.version, arch, evidence)
@@ -162,6 +164,9 @@ def choose(source: Source, arch: Arch) -> tuple[dict[str, Choice], dict[str, str
             continue
         where = f"{branch}/ops/{stem}.py" + (f", which production runs on {arch.name}" if amd else "")
         missing[op] = f"vllm {source.version} has no {PREFIX}{op} in {where}"
+    sentence = vllm_insert.missing(source.folder)
+    if sentence:
+        missing[vllm_insert.OP] = sentence
     for op in vllm_amd.PIECES:
         sentence = vllm_amd.missing(op, source.folder / TREE / "amd/ops", arch, source.version)
         if sentence:
@@ -192,12 +197,23 @@ def _profile(op: str, choice: Choice, arch: Arch) -> Profile:
 
 
 def _refusal(
-    source: Source, choices: Mapping[str, Choice], arch: Arch, evidence: Evidence, op: str, case: Case
+    source: Source,
+    choices: Mapping[str, Choice],
+    arch: Arch,
+    evidence: Evidence,
+    insert: Kernel | None,
+    op: str,
+    case: Case,
 ) -> str | None:
+    if op == vllm_insert.OP:
+        layout = choices["sparse_attn"].reading.kv_layout or "packed"
+        return vllm_insert.refusal(case, arch, evidence, insert, layout)
     if op in vllm_amd.PIECES:
         return vllm_amd.refusal(op, case, source.folder / TREE / "amd/ops") or cannot_compile(case, arch, evidence)
     if OPS[case.op].phase == "mixed" and (sentence := vllm_layer.refusal(arch, case)):
         return sentence
+    if op not in choices:
+        return f"vllm {source.version} has no {op} that m3check knows of"
     found = choices[op].reading
     scores = op in ("index_score", "index_decode_score", "index_decode")
     if scores and case.head_dim & (case.head_dim - 1):

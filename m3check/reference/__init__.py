@@ -20,6 +20,7 @@ from m3check.reference.index_score import index_score
 from m3check.reference.index_topk import index_topk
 from m3check.reference.indexer import indexer
 from m3check.reference.mla_sparse import mla_sparse
+from m3check.reference.qknorm_rope_insert import qknorm_rope_insert
 from m3check.reference.sparse_attn import sparse_attn
 from m3check.reference.sparse_attn_decode import sparse_attn_decode
 from m3check.reference.sparse_pa_table import sparse_pa_table
@@ -37,6 +38,7 @@ __all__ = [
     "indexer",
     "mla_sparse",
     "prefill",
+    "qknorm_rope_insert",
     "sparse_attn",
     "sparse_attn_decode",
     "sparse_pa_table",
@@ -64,6 +66,11 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
     ),
     "index_topk_cp": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
     "mla_sparse": (mla_sparse, "q k topk_idx requests sm_scale dtype", "out lse"),
+    "qknorm_rope_insert": (
+        qknorm_rope_insert,
+        "x_q x_k x_v x_idx_q x_idx_k w_q w_k w_idx_q w_idx_k cos_sin positions eps dtype",
+        "q k v idx_q idx_k",
+    ),
     "prefill": (prefill, "idx_q idx_k q k v requests topk init_blocks local_blocks sm_scale dtype", "score ids out lse"),
     "decode": (
         decode,
