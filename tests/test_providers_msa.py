@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+
+import fake_vllm
 import pytest
 from fake_fmha_sm100 import Model
 from torch_kernels import RIGHT as RIGHT_TORCH
 
-from m3check import cases, power, runner
+from m3check import cases, kernels, power, runner
 from m3check.arch import ARCHS
 from m3check.kernels import fmha_sm100
 from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.fmha_sm100.interface import Interface
 from m3check.kernels.provider import Loaded, Spec, with_chains
-from m3check.types import Kernel, PlanLine, Profile, Status
+from m3check.types import Kernel, M3CheckError, PlanLine, Profile, Status
 
 SPEC = Spec("fmha_sm100", "fmha_sm100")
 
@@ -125,6 +128,13 @@ class SlotLost(Model):
         return kept
 
 
+class BlockLost(Model):
+    """The last block of each list left out of the sum."""
+
+    def merged(self, partial, lse):
+        return super().merged(partial[:-1], lse[:-1]) if len(lse) > 1 else super().merged(partial, lse)
+
+
 class EqualWeights(Model):
     """Blocks merged without their log-sum-exps."""
 
@@ -158,7 +168,8 @@ class ValueScaleDropped(Model):
         (HoleInTheMiddle, TOPK, "ids"),
         (NoLocal, "index_topk/q=4,kv=2690,h=2,init=1,local=2", "forced"),
         (NoInit, "index_topk/q=4,kv=2690,h=2,init=3,local=1", "forced"),
-        (SlotLost, ATTEND, "token"),
+        (BlockLost, ATTEND, "token"),
+        (BlockLost, FP8_ATTEND, "token"),
         (EqualWeights, ATTEND, "element"),
         (EqualWeights, FP8_ATTEND, "element"),
         (ScalesDropped, CUTLASS, "element"),
@@ -169,6 +180,146 @@ def test_a_model_with_a_plausible_mistake_is_red(wrong, case, check):
     result = run(wrong(), case)
     assert result.status is Status.FAILED, result.reason
     assert check in red(result), red(result)
+
+
+def test_a_wrong_csr_is_told_before_anything_attends_with_it():
+    result = run(SlotLost(), ATTEND)
+    assert result.status is Status.ERROR
+    assert "CSR: row 8 of head 0 ends at 9, wanted 10" in result.reason
+
+
+def test_a_wrong_plan_is_told_before_anything_scores_by_it():
+    class PageForgotten(Model):
+        def _fmha_sm100_plan(self, *args, **options):
+            plan = super()._fmha_sm100_plan(*args, **options)
+            plan["kv_page_indptr"] = [max(0, n - 1) for n in plan["kv_page_indptr"]]
+            return plan
+
+    result = run(PageForgotten(), SCORE)
+    assert result.status is Status.ERROR
+    assert "plan: kv_page_indptr is [0, 2, 20], wanted [0, 3, 21]" in result.reason
+
+
+# What is refused, and where.
+
+
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("index_score/q=2,kv=300,h=2,d=64", "head_dim 128"),
+        ("index_score/q=2,kv=300,h=2,dtype=fp16,cache=fp16", "bf16 or fp8_e4m3fn"),
+        ("index_score/q=2,kv=300,h=2,cache=fp8_e4m3fn", "of the same dtype"),
+        ("index_score/q=1,kv=1048577,h=1", "8192 tiles"),
+        ("index_topk/q=2,kv=300,h=2,topk=8", "topk 16"),
+        ("index_topk/q=2,kv=300,h=2,init=9,local=8", "at most 16"),
+        ("index_decode_score/q=9,kv=300", "at most 32 index heads"),
+        ("index_decode/q=1,kv=300,topk=4", "topk 16"),
+        ("sparse_attn/q=2,kv=300,h=2,g=2,topk=5", "topk 4, 8, 16 or 32"),
+        ("sparse_attn/q=2,kv=300,h=2,g=5", "1, 2, 4, 8 or 16 query heads"),
+        ("sparse_attn/q=2,kv=300,h=2,g=2,cache=fp8_e5m2", "fp8_e4m3fn cache"),
+        ("sparse_attn/q=2,kv=300,h=2,g=2,cache=fp8_e4m3fn,scale=scalar", "no k_scale and v_scale"),
+        ("prefill/q=2,kv=300,h=2,g=2,cache=fp8_e4m3fn,scale=scalar", "no k_scale and v_scale"),
+        ("sparse_attn_decode/q=1x15,kv=300x15,h=2,g=2,cache=fp8_e4m3fn,ids=ascending", "from 16 requests on"),
+        ("sparse_attn_decode/q=1x16,kv=300x16,h=2,g=2,cache=fp8_e4m3fn", "ascending order"),
+        ("sparse_attn_decode/q=1x16,kv=300x16,h=2,g=2,ids=ascending", "fp8_e4m3fn cache"),
+        ("sparse_attn_decode/q=1x16,kv=300x16,h=8,g=2,cache=fp8_e4m3fn,ids=ascending", "at most 4 KV heads"),
+        ("sparse_attn_decode/q=1x16,kv=300x16,h=2,g=2,cache=fp8_e4m3fn,scale=token,ids=ascending", "one k_scale"),
+        ("sparse_attn_decode/q=33x16,kv=300x16,h=2,g=2,cache=fp8_e4m3fn,ids=ascending", "at most 32 query tokens"),
+    ],
+)
+def test_what_the_kernels_cannot_run_is_refused_with_a_sentence(case, says):
+    parsed = cases.parse_id(case)
+    assert says in (fmha_sm100.refuses(SPEC, parsed, ARCHS["sm100"], "device") or "")
+    assert says in (session(Model()).loaded.refuses(parsed) or "")
+
+
+def test_it_runs_on_its_own_gpus_only():
+    case = cases.parse_id(SCORE)
+    assert fmha_sm100.refuses(SPEC, case, ARCHS["sm103"], "device") is None
+    assert "needs an SM100 GPU" in (fmha_sm100.refuses(SPEC, case, ARCHS["sm100"], "interpreted") or "")
+    assert "on sm90 production runs others" in (fmha_sm100.refuses(SPEC, case, ARCHS["sm90"], "device") or "")
+    loaded = kernels.load(SPEC, ARCHS["sm100"], "interpreted", offline=True)
+    assert "needs an SM100 GPU" in (loaded.refuses(case) or "")
+
+
+def test_naming_it_where_it_is_not_ends_the_run(tmp_path):
+    with pytest.raises(M3CheckError, match=r"no fmha_sm100/api\.py"):
+        kernels.prepare(kernels.parse_spec(f"fmha_sm100:{tmp_path}"))
+    with pytest.raises(M3CheckError, match="there is nothing at"):
+        kernels.prepare(kernels.parse_spec(f"fmha_sm100:{tmp_path / 'not'}"))
+    with pytest.raises(M3CheckError, match="lacks a path"):
+        kernels.parse_spec("fmha_sm100:")
+
+
+# From files.
+
+
+HELD = "from fake_fmha_sm100 import Model\nheld = Model()\n"
+
+
+def tree(folder, package):
+    """A package of the model, in files."""
+    top = folder.joinpath(*package.split("."))
+    top.mkdir(parents=True)
+    (top / "__init__.py").write_text("")
+    lines = {
+        "api": ("_fmha_sm100_plan", "_fmha_sm100", "sparse_topk_select"),
+        "sparse": ("build_k2q_csr", "sparse_atten_func"),
+    }
+    for name, functions in lines.items():
+        (top / f"{name}.py").write_text(HELD + "".join(f"{each} = held.{each}\n" for each in functions))
+    return folder
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """Modules and paths as they were before."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("vllm", "fmha_sm100"):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("inside", ["python/fmha_sm100", "fmha_sm100", ""])
+def test_a_checkout_of_msa_has_prefill_and_selection(tmp_path, clean, inside):
+    folder = tmp_path if inside else tmp_path / "fmha_sm100"
+    tree(folder / "python" if inside.startswith("python") else tmp_path, "fmha_sm100")
+    spec = kernels.parse_spec(f"fmha_sm100:{folder}")
+    assert kernels.prepare(spec) == ()
+    loaded = kernels.load(spec, ARCHS["sm100"], "device", offline=True)
+    assert {"index_score", "index_topk", "sparse_attn", "prefill"} <= set(loaded.kernels)
+    assert "not in MSA" in loaded.missing["index_decode_score"]
+    assert "not in MSA" in (loaded.refuses(cases.parse_id(DECODE)) or "")
+
+
+def test_vllm_on_an_sm100_gpu_is_productions_pair_and_elsewhere_triton(tmp_path, clean):
+    files = {**fake_vllm.files(), "vllm/__init__.py": "", "vllm/models/minimax_m3/__init__.py": ""}
+    packages = ("models", "third_party", "models/minimax_m3/nvidia", "models/minimax_m3/nvidia/ops")
+    files |= {f"vllm/{name}/__init__.py": "" for name in packages}
+    score = "minimax_m3_index_decode_score_cutedsl"
+    files["vllm/models/minimax_m3/nvidia/ops/index_decode_score.py"] = f"{HELD}{score} = held.{score}\n"
+    tree(fake_vllm.tree(tmp_path, files), "vllm.third_party.fmha_sm100")
+    (tmp_path / "vllm/_version.py").write_text("__version__ = version = '0.33.0'\n")
+    spec = kernels.parse_spec(f"vllm:{tmp_path}")
+    kernels.prepare(spec)
+    wide, short = cases.parse_id("index_topk/q=2,kv=300,h=2"), cases.parse_id("index_topk/q=2,kv=300,h=2,topk=8")
+    pair = kernels.load(spec, ARCHS["sm100"], "device", offline=True)
+    assert pair.kernel("index_topk", wide).name == "sparse_topk_select"
+    assert pair.kernel("index_topk", short).name == "minimax_m3_index_topk"
+    assert pair.kernel("index_decode", cases.parse_id("index_decode/q=1,kv=300,h=2")).name.startswith(score)
+    assert "MSA's kernels where vLLM selects them" in pair.description["note"]
+    odd = cases.parse_id("index_decode/q=1,kv=300,h=3")  # which Triton's kernel cannot run, and MSA's can
+    assert kernels.refuses(spec, odd, ARCHS["sm100"], "device") is None
+    assert pair.refuses(odd) is None
+    assert "power of two" in (kernels.refuses(spec, odd, ARCHS["sm100"], "interpreted") or "")
+    alone = kernels.load(spec, ARCHS["sm100"], "interpreted", offline=True)
+    assert alone.kernel("index_topk", wide).name == "minimax_m3_index_topk"
+    assert "these are the Triton ones" in alone.description["note"]
+    assert (
+        kernels.load(spec, ARCHS["sm90"], "device", offline=True).kernel("index_topk", wide).name == "minimax_m3_index_topk"
+    )
 
 
 # The dispatch as a whole: prefill by MSA, decode by Triton.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from m3check.kernels.calls import BrokenContract
+from m3check.kernels.fmha_sm100 import data
 from m3check.kernels.fmha_sm100.interface import Interface
 from m3check.types import BLOCK, Case
 
@@ -60,10 +62,10 @@ def score_into(
     assert interface.run is not None
     cu_seqlens_q, seq_lens, prefix_lens = lengths
     heads, dim = idx_q.shape[1:]
-    query_lens = (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).cpu()
+    query_lens, kv_lens = cu_seqlens_q.diff().cpu(), seq_lens.cpu()
     plan = interface.plan(
         query_lens,
-        seq_lens.cpu(),
+        kv_lens,
         heads,
         num_kv_heads=1,
         qo_offset=prefix_lens.cpu(),
@@ -72,6 +74,9 @@ def score_into(
         causal=True,
         num_kv_splits=1,
     )
+    fault = data.plan_fault(plan, query_lens.tolist(), kv_lens.tolist(), heads)
+    if fault is not None:
+        raise BrokenContract(fault)
     plan["max_k_tiles"] = TILES
     keys = index_kv_cache.unsqueeze(1)  # one head of keys: [pages, 1, 128, D]
     interface.run(

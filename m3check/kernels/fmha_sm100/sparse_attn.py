@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from m3check.kernels.calls import BrokenContract
+from m3check.kernels.fmha_sm100 import data
 from m3check.kernels.fmha_sm100.interface import Interface
 from m3check.types import BLOCK, Case
 
@@ -99,6 +101,9 @@ def attend(
         qhead_per_kv=q.shape[1] // num_kv_heads,
         return_schedule=True,
     )
+    fault = data.csr_fault(row_ptr, queries, topk_idx, cu_seqlens_q, cu_seqlens_k)
+    if fault is not None:
+        raise BrokenContract(fault)
     keys, values = kv_cache.split(q.shape[2], dim=-1)
     interface.attend(
         q,
