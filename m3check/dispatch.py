@@ -66,8 +66,9 @@ _AITER = "needs an AMD GPU with AITER, which is not in the wheel"
 
 
 def _msa(**fields: Any) -> Row:
-    """An implementation of family 100, which the provider fmha_sm100 runs there."""
-    return Row(archs=_SM100, needs="needs {}", provider="fmha_sm100", **fields)
+    """An implementation of family 100, which the provider fmha_sm100 runs there, and an installed vLLM as well."""
+    needs = "needs {} and vLLM installed there (--kernels vllm, or fmha_sm100)"
+    return Row(archs=_SM100, needs=needs, provider="fmha_sm100", **fields)
 
 
 def _not_topk(*sizes: int) -> Callable[[Axes], bool]:
@@ -257,15 +258,18 @@ def summary(arch: str, results: Iterable[Result], providers: Mapping[str, Any]) 
     return told
 
 
+_MSA_KERNEL = re.compile("fmha|sparse_topk_select|sparse_atten_func|cutedsl|cutlass")
+
+
 def _is_of(name: str, kernel: str, row: Row, provider: str) -> bool:
     """Whether results of a provider's kernel are about a row, `provider` being the vLLM that was named.
 
     An installed vLLM runs MSA itself on a target that has it, under the names of MSA's functions.
     """
+    msa = _MSA_KERNEL.search(kernel) is not None
     if row.provider == "vllm":
-        return name == provider
-    own = name == provider and re.search("fmha|sparse_topk_select|sparse_atten_func|cutedsl|cutlass", kernel) is not None
-    return own or re.split("[=:]", name)[0] == row.provider
+        return name == provider and not msa
+    return (name == provider and msa) or re.split("[=:]", name)[0] == row.provider
 
 
 def _told(op: str, row: Row, arch: str, about: list[Result], provider: str) -> str:

@@ -77,7 +77,7 @@ def test_plan_takes_the_flags_of_a_run_and_refuses_unknown_names():
 
 def test_a_written_record_is_read_back(tmp_path):
     record = m3check.run(arch="sm100", cases=(CASE,), out=tmp_path, jobs=1)
-    assert {entry["evidence"] for entry in record.environment["dispatch"]} >= {"not run here, needs SM100"}
+    assert any(entry["evidence"].startswith("not run here, needs SM100") for entry in record.environment["dispatch"])
     path = tmp_path / "report.json"
     path.write_text(jsonfile.dumps(record))
     told = [(r.case, r.provider, r.status, r.axes) for r in m3check.load_record(path).results]

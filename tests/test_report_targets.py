@@ -6,14 +6,18 @@ import json
 from dataclasses import replace
 
 import pytest
+from fake_fmha_sm100 import Model
 from records import finding, green, record, result
 
 from m3check import dispatch, report
 from m3check.arch import ARCHS
+from m3check.kernels import fmha_sm100
+from m3check.kernels.fmha_sm100 import production
 from m3check.report import targets
 from m3check.types import OPS, PlanLine, Status, Sums
 
 VLLM = {"provider": "vllm==0.33.0"}
+NEEDS = "not run here, needs SM100 and vLLM installed there (--kernels vllm, or fmha_sm100)"
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -59,7 +63,7 @@ def test_no_row_is_without_a_result_or_a_sentence():
     told = dispatch.summary("sm100", results, {})
     assert all(entry["evidence"] for entry in told)
     by = {(entry["op"], entry["implementation"]): entry["evidence"] for entry in told}
-    assert by["index_score", "fmha_sm100 OnlyScore"] == "not run here, needs SM100"
+    assert by["index_score", "fmha_sm100 OnlyScore"] == NEEDS
     assert by["index_score", "Triton (common)"] == "interpreted: 1 failed"
     assert by["index_topk", "Triton (common)"] == "not run here: no case of this run has it", "ours is not production's"
     assert {entry["version"] for entry in told} == {"0.33.0"}
@@ -95,11 +99,27 @@ def test_results_of_another_provider_are_about_the_row_that_names_it():
     mine = [replace(result(op="index_score", provider="fmha_sm100"), axes={"topk": 16}), result(op="index_topk", **VLLM)]
     by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", mine, {})}
     assert by["index_score", "fmha_sm100 OnlyScore"] == "interpreted: 1 passed"
-    assert by["index_topk", "fmha_sm100 sparse_topk_select"] == "not run here, needs SM100"
+    assert by["index_topk", "fmha_sm100 sparse_topk_select"] == NEEDS
     device = replace(result(op="index_topk", **VLLM), kernel="sparse_topk_select", axes={"topk": 16})
     by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", [device], {})}
     assert by["index_topk", "fmha_sm100 sparse_topk_select"] == "interpreted: 1 passed"
     assert by["index_topk", "Triton (common)"].startswith("not run here")
+
+
+def test_what_an_installed_vllm_runs_by_msa_is_not_counted_for_triton():
+    device = {"evidence": "device", **VLLM}
+    runs = [result(op="index_score", kernel=name, **device) for name in ("fmha_sm100 OnlyScore", "minimax_m3_index_score")]
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", runs, {})}
+    assert by["index_score", "fmha_sm100 OnlyScore"] == by["index_score", "Triton (common)"] == "device: 1 passed"
+
+
+def test_kernels_that_are_msas_are_known_by_their_names():
+    model = fmha_sm100.Interface.of(Model())
+    names = [kernel.name for kernel in fmha_sm100.adapted(model, "vllm")[0].values()]
+    for name in (*names, production.TRITON_SCORED):
+        result_ = result(op="sparse_attn", kernel=name, **VLLM)
+        by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", [result_], {})}
+        assert by["sparse_attn", "fmha_sm100 sparse_atten_func"] == "interpreted: 1 passed", name
 
 
 def test_a_plan_says_what_it_has_of_production():
@@ -113,7 +133,7 @@ def test_a_plan_says_what_it_has_of_production():
     assert told["index_score", "Triton (common)"] == "no fp8 here"
     there = dispatch.planned("sm100", lines, lambda case: {"topk": 16})
     needs = {(op, name): would for op, name, _, would in there}
-    assert needs["index_topk", "fmha_sm100 sparse_topk_select"] == "not run here, needs SM100"
+    assert needs["index_topk", "fmha_sm100 sparse_topk_select"] == NEEDS
     told = {(op, name): would for op, name, _, would in dispatch.planned("sm90", [], lambda case: {})}
     assert told["index_topk", "Triton (common)"] == "no provider vllm is named"
 
@@ -219,7 +239,7 @@ def test_a_merge_works_out_anew_what_production_runs(tmp_path, capsys):
     merged = jsonfile.loads(capsys.readouterr().out)
     by = {(e["op"], e["implementation"]): e["evidence"] for e in targets.listed(merged.environment)}
     assert by["sparse_attn_decode", "Triton (common)"] == "interpreted: 1 passed"
-    assert by["index_score", "fmha_sm100 OnlyScore"] == "not run here, needs SM100"
+    assert by["index_score", "fmha_sm100 OnlyScore"] == NEEDS
 
 
 def test_a_record_without_the_list_says_nothing_of_production():
