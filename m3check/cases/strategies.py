@@ -1,6 +1,7 @@
 """Any case that makes sense, drawn by hypothesis, the plainest first: the space that `m3check fuzz` searches.
 
 Which values go together is asked of validity.py, so that nothing is told twice. What is drawn first is made small first.
+Ops of other families than block-sparse attention have rules of their own; their cases are listed ones, varied.
 No number comes out of more than 100: into wider ranges hypothesis mixes constants that it finds in loaded sources, and
 the same seed shall give the same cases whatever is loaded.
 """
@@ -16,8 +17,10 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
+from m3check.cases import families
 from m3check.cases.cost import cost
 from m3check.cases.ident import DEFAULTS
+from m3check.cases.tiers import tier
 from m3check.cases.validity import KNOWN, READS, complaint
 from m3check.types import BLOCK, DTYPES, OPS, Case
 
@@ -78,9 +81,14 @@ def _dtypes(op: str) -> tuple[dict[str, str], ...]:
     return tuple(each for each in combinations if complaint(replace(plain, **each)) is None)  # type: ignore[arg-type]
 
 
+def cases(op: str, evidence: str = "interpreted") -> st.SearchStrategy[Case]:
+    """Valid cases of one op that can be afforded by this kind of evidence; long contexts want a device."""
+    return _composed(op, evidence) if op in READS else _varied(op, evidence)
+
+
 @st.composite
-def cases(draw: st.DrawFn, op: str, evidence: str = "interpreted") -> Case:
-    """A valid case of one op that can be afforded by this kind of evidence; long contexts want a device."""
+def _composed(draw: st.DrawFn, op: str, evidence: str) -> Case:
+    """A case put together from its figures, then its words."""
     reads = READS[op]
     figures: dict[str, Any] = draw(_lengths(op, evidence == "device"))
     for field, values in FIGURES.items():
@@ -95,6 +103,40 @@ def cases(draw: st.DrawFn, op: str, evidence: str = "interpreted") -> Case:
         if field in reads:
             case = draw(st.sampled_from([each for word in words() if complaint(each := _with(case, field, word)) is None]))
     return _with(case, "seed", draw(st.sampled_from(FIGURES["seed"])))
+
+
+@st.composite
+def _varied(draw: st.DrawFn, op: str, evidence: str) -> Case:
+    """A listed case with other lengths and with each field changed, where that makes sense and can be afforded."""
+    family = families.of(op)
+    assert family is not None
+    limit = max(SECONDS, 2 * cost(_listed(op, evidence)[0], evidence))
+
+    def sensible(case: Case) -> bool:
+        return complaint(case) is None and cost(case, evidence) <= limit
+
+    def fields(case: Case, words: Mapping[str, Any]) -> Case:
+        return replace(case, **words)
+
+    case = draw(st.sampled_from(_listed(op, evidence)))
+    if draw(st.booleans()):
+        longer = fields(case, draw(_lengths(op, evidence == "device")))
+        case = longer if sensible(longer) else case
+    words = {field: known() for field, known in KNOWN.items()}
+    words |= dict.fromkeys(("dtype", "cache_dtype", "index_cache_dtype"), tuple(DTYPES))
+    for field, values in {**FIGURES, **words}.items():
+        if field in family.reads[op]:
+            own = getattr(case, field)
+            others = (_with(case, field, value) for value in values if value != own)
+            case = draw(st.sampled_from([case, *filter(sensible, others)]))
+    return case
+
+
+@cache
+def _listed(op: str, evidence: str) -> tuple[Case, ...]:
+    """The cases of an op that are listed and affordable, or the one that takes the least; the cheapest first."""
+    found = sorted((case for case in tier("full") if case.op == op), key=lambda case: cost(case, evidence))
+    return tuple(case for case in found if cost(case, evidence) <= SECONDS) or tuple(found[:1])
 
 
 def _afforded(case: Case, evidence: str) -> Case:

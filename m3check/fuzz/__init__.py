@@ -134,7 +134,7 @@ class Fuzz:
             return kernels.refuses(spec, case, self.arch, self.evidence)
 
         for op in self.options.ops or OPS:
-            if all(refuses(case) is not None for case in cases.tier("smoke") if case.op == op):
+            if all(refuses(case) is not None for case in cases.tier("full") if case.op == op):
                 continue  # a refusal that is known beforehand need not be found out by trying
             search = Search(
                 op,
