@@ -121,6 +121,11 @@ def _long(case: Case) -> bool:
     return case.block_columns > 64 > case.topk or 64 >= case.block_columns > case.topk > 32
 
 
+def _uniform(case: Case) -> bool:
+    """A batch that a graph is captured for: all of its requests are decoded, and several of them differ."""
+    return case.decodes == len(case.kv_lens) and _unlike(case)
+
+
 def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:
     return lambda case: all(test(case) for test in tests)
 
@@ -131,6 +136,7 @@ LISTED = frozenset({"mla_sparse"})
 """Attention to listed tokens: the list is an input, whatever it names, so nothing is known of the future."""
 ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"}) | LISTED
 CHAINS = frozenset({"prefill", "decode"})
+MIXED = frozenset({"indexer"})
 INSERT = frozenset({"qknorm_rope_insert"})
 CACHED = INDEX | ATTEND
 SINGLE = CACHED | {"index_topk"}
@@ -141,12 +147,12 @@ DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
 
 INVARIANTS: tuple[Invariant, ...] = (
-    Invariant("poison", EVERY | INSERT, _tails, "bytes that no live token owns enter the result, whatever they hold",
+    Invariant("poison", EVERY | MIXED | INSERT, _tails, "bytes that no live token owns, whatever they hold",
               "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
               {"poison": "garbage"}),
-    Invariant("pages", CACHED | CHAINS | INSERT, _pages, "page ids taken from an earlier call; arithmetic on page ids",
+    Invariant("pages", CACHED | CHAINS | MIXED | INSERT, _pages, "page ids of an earlier call; arithmetic on page ids",
               "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
-    Invariant("strides", EVERY | INSERT, _caches, "strides that are assumed, of dimensions of size 1 too",
+    Invariant("strides", EVERY | MIXED | INSERT, _caches, "strides that are assumed, of dimensions of size 1 too",
               "column strides of block tables, which are 1 everywhere", "memory.physical",
               {"layout": "other", "odd_strides": True}),
     Invariant("far_pages", CACHED | INSERT, _live_rows, "32-bit products of page id and stride",
@@ -189,8 +195,12 @@ INVARIANTS: tuple[Invariant, ...] = (
               "a first call", "state.sequence", calls=1.5),
     Invariant("other_local", SELECT | {"index_decode_score"}, _forced_room, "local_blocks kept from an earlier call",
               "a first call", "state.sequence", calls=1.5),
-    Invariant("repeat", EVERY | INSERT, _always, "state between calls; on a device, races", "a race that never shows",
-              "state.sequence"),
+    Invariant("steps", MIXED, _several, "ids, lengths or row starts kept from the batch before", "batches of one shape",
+              "steps.other", calls=2),
+    Invariant("stale", MIXED, _uniform, "lengths that metadata copy, or read on the host: a captured graph keeps them",
+              "what `build` itself computes for another batch", "steps.stale"),
+    Invariant("repeat", EVERY | MIXED | INSERT, _always, "state between calls; on a device, races",
+              "a race that never shows", "state.sequence"),
     Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),

@@ -142,7 +142,26 @@ def check_handover(view: View) -> list[Finding]:
                 "the buffer was allocated with, other rows, or rows that the other part wrote over"
             )
             return [Finding("handover", Status.FAILED, 1.0, 0.0, where, hint)]
+    place = _elsewhere(view, rows)
+    if place:
+        hint = "attention reads the rows of its own queries: decoded ones first, prefilled ones behind"
+        return [Finding("handover", Status.FAILED, 1.0, 0.0, "the id buffer", f"{place}; {hint}")]
     return [Finding("handover", Status.PASSED, 0.0, 0.0)]
+
+
+def _elsewhere(view: View, rows: int) -> str:
+    """Whether one part's ids, as the reference selects them, stand in other rows than its own."""
+    total = view.case.total_queries
+    actual = view.actual("ids").sort(-1).values
+    wanted = view.expected["ids"].to(actual.device).sort(-1).values
+    for first, last in ((0, rows), (rows, total)):
+        part = wanted[:, first:last]
+        if first == last or (actual[:, first:last] == part).all():
+            continue
+        for at in range(total - (last - first) + 1):
+            if at != first and (actual[:, at : at + last - first] == part).all():
+                return f"ids of rows [:, {first}:{last}] stand in rows [:, {at}:{at + last - first}]"
+    return ""
 
 
 def check_waits(view: View) -> list[Finding]:
