@@ -88,6 +88,14 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
     return None
 
 
+def suits(spec: Spec, invariant: str, case: Case, arch: Arch, evidence: Evidence) -> bool:
+    """Whether an invariant should rather be shown on a case: decode held against prefill where one of both is MSA's."""
+    source = _known.get(spec)
+    if invariant != "same_as_prefill" or source is None:
+        return False
+    return production.there(source.folder, source.version, arch, evidence) and production.mixes(case)
+
+
 def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
     """Execute the kernel files that production uses on `arch`."""
     for library in ("torch", "triton"):
