@@ -16,7 +16,7 @@ from m3check.kernels.project import SGLANG, VLLM, Project
 from m3check.kernels.provider import Loaded, Provider, Spec
 from m3check.types import Case, Evidence, M3CheckError
 
-__all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "compiles", "load", "parse_spec", "prepare", "refuses"]
+__all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "compiles", "load", "parse_spec", "prepare", "refuses", "suits"]
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("triton", ("triton",), "m3check's own Triton kernels", "triton", "m3check.kernels.ours"),
@@ -119,6 +119,12 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence = "interprete
     """Why a provider cannot run a case, as far as can be told without importing its code or connecting; else None."""
     sentence: str | None = _module(spec).refuses(spec, case, arch, evidence)
     return sentence
+
+
+def suits(spec: Spec, invariant: str, case: Case, arch: Arch, evidence: Evidence) -> bool:
+    """Whether a provider would rather have an invariant shown on a case like this one than on cheaper ones."""
+    module = _module(spec)
+    return bool(module.suits(spec, invariant, case, arch, evidence)) if hasattr(module, "suits") else False
 
 
 def compiles(spec: Spec) -> bool:
