@@ -226,11 +226,16 @@ def affordable(case: Case, evidence: Evidence, seconds: float) -> tuple[str, ...
     return names if seconds * sum(entry.calls for entry in chosen(names)) <= LONG else ()
 
 
-def assign(cases: Iterable[tuple[str, Case, float]], evidence: Evidence, tier: str) -> dict[str, tuple[str, ...]]:
+def assign(
+    cases: Iterable[tuple[str, Case, float]],
+    evidence: Evidence,
+    tier: str,
+    suits: Callable[[str, Case], bool] = lambda invariant, case: False,
+) -> dict[str, tuple[str, ...]]:
     """Case id -> names of the invariants that it shows, for (id, case, seconds) of a tier.
 
     The cheapest case comes first; a further one has other dtypes or another layout than those before it, where there is
-    one. Cases whose result hardly depends on the inputs come last.
+    one. Cases whose result hardly depends on the inputs come last. Those that suit an invariant come before all others.
     """
     by_op: dict[str, list[tuple[float, str, Case]]] = {}
     for name, case, seconds in cases:
@@ -243,6 +248,7 @@ def assign(cases: Iterable[tuple[str, Case, float]], evidence: Evidence, tier: s
             continue
         for op in sorted(invariant.ops & by_op.keys()):
             left = [entry for entry in by_op[op] if invariant.fits(entry[2])]
+            left.sort(key=lambda entry, name=invariant.name: not suits(name, entry[2]))  # type: ignore[misc]
             seen: set[tuple[str, ...]] = set()
             for _ in range(COUNT[tier]):
                 if not left:
