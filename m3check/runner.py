@@ -129,7 +129,7 @@ def _invariants(
     def assigned(tier: str) -> dict[str, tuple[str, ...]]:
         able = [case for case in cases.tier(tier) if kernels.refuses(spec, case, arch, evidence) is None]
         seconds = [(cases.case_id(case), case, cases.cost(case, evidence)) for case in able]
-        return invariants.assign(seconds, evidence, tier)
+        return invariants.assign(seconds, evidence, tier, lambda name, case: kernels.suits(spec, name, case, arch, evidence))
 
     given = [assigned(tier) for tier in (("smoke", "ci", "full") if options.cases else (options.tier,))]
 
