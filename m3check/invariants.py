@@ -155,8 +155,10 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("strides", EVERY | MIXED | INSERT, _caches, "strides that are assumed, of dimensions of size 1 too",
               "column strides of block tables, which are 1 everywhere", "memory.physical",
               {"layout": "other", "odd_strides": True}),
-    Invariant("far_pages", CACHED | INSERT, _live_rows, "32-bit products of page id and stride",
+    Invariant("far_pages", (CACHED - LISTED) | INSERT, _live_rows, "32-bit products of page id and stride",
               "offsets into other tensors", "memory.far_pages"),
+    Invariant("far_slots", LISTED, _live_rows, "32-bit products of a listed token's slot and the stride of slots",
+              "offsets into other tensors", "memory.far_slots", tiers=frozenset({"ci", "full"})),
     Invariant("far_rows", SINGLE, _rows, "32-bit products of query token and stride, in queries, ids, scores and outputs",
               "offsets of heads", "memory.far_rows"),
     Invariant("room", INDEX | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, max_decode_query_len, "

@@ -112,8 +112,10 @@ def gathered(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
         keys = k[source, head[:, None]].float().masked_fill_(~there[..., None], 0)
         grouped = q[row].unflatten(1, (-1, group))[torch.arange(len(row), device=row.device), head].float()
         sizes = values.abs(), values.square()
-        tokens = (attended, there, token, integers, SUBTILE if view.span > 1 else SMALLEST, view.span == 1)
-        yield row, head, Pairs(grouped, keys, values, *sizes, unit.double(), *tokens)
+        listing = view.span == 1
+        tile = SMALLEST if listing else SUBTILE
+        seen = (attended, there, token, integers)
+        yield row, head, Pairs(grouped, keys, values, *sizes, unit.double(), *seen, subtile=tile, listed=listing)
         start = stop
 
 

@@ -18,9 +18,26 @@ class Project:
     """The first published version with the kernels."""
     example: str
     """A version to name in messages."""
+    part: str = ""
+    """What is fetched and kept apart from the project's other files."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the cache and in the list of known versions."""
+        return f"{self.name}+{self.part}" if self.part else self.name
 
 
 VLLM = Project("vllm", ("vllm/models/minimax_m3/",), ("vllm/models/minimax_m3",), "0.24.0", "0.33.0")
+
+VLLM_ATTENTION = Project(
+    "vllm",
+    ("vllm/v1/attention/ops/xpu_mla_sparse.py", "vllm/v1/attention/ops/triton_fp8_mqa_logits.py"),
+    ("vllm/v1/attention/ops",),
+    "0.24.0",
+    "0.33.0",
+    "attention",
+)
+"""Kernels of other models than MiniMax-M3; ops that they lack are missing, not the provider."""
 
 SGLANG = Project(
     "sglang",

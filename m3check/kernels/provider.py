@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from m3check.arch import Arch
+from m3check.kernels import named
 from m3check.types import OPS, Case, Evidence, Kernel
 
 
@@ -84,7 +85,7 @@ class Loaded:
             return self.missing.get(case.op, f"{self.spec.text} has no {case.op}")
         for op in OPS[case.op].chain or (case.op,):
             kernel = served.parts.get(op, served)
-            sentence = _no_scales(kernel, case) or self.refusal(op, case)
+            sentence = _no_scales(kernel, case) or named.refusal(kernel, case) or self.refusal(op, case)
             if sentence:
                 return sentence
         return None

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from m3check.arch import Arch
+from m3check.kernels import named
 from m3check.kernels.contract import SIGNATURES, check_signature
 from m3check.kernels.provider import Loaded, Spec, with_chains
 from m3check.types import Case, Evidence, Kernel, M3CheckError, Profile
@@ -42,14 +43,17 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         raise M3CheckError(f"{spec.text}: PROFILE is {type(profile).__name__}, wanted m3check.Profile(...)")
     kernels: dict[str, Kernel] = {}
     for op in SIGNATURES:
-        name = next((n for n in (op, ALIAS + op) if hasattr(module, n)), None)
+        name = next((n for n in (op, ALIAS + op, *named.of(op)) if hasattr(module, n)), None)
         if name is None:
             continue
         function = getattr(module, name)
         if not callable(function):
             raise M3CheckError(f"{spec.text}: {name} is {type(function).__name__}, wanted a function")
+        published = named.of(op).get(name)
+        if published is not None:
+            function = published.adapted(function)
         check_signature(op, function, f"{spec.text}: {name}")
-        kernels[op] = Kernel(spec.text, op, name, profile or Profile(), function)
+        kernels[op] = Kernel(spec.text, op, name, profile or (published.profile if published else Profile()), function)
     if not kernels:
         raise M3CheckError(f"{spec.text} defines no kernel; wanted functions named {', '.join(SIGNATURES)}")
     missing = {op: f"{spec.text} defines no {op}" for op in SIGNATURES if op not in kernels}

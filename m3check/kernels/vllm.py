@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.arch import Arch
-from m3check.kernels import reading, vllm_amd, vllm_insert, vllm_layer
+from m3check.kernels import named, reading, vllm_amd, vllm_attention, vllm_insert, vllm_layer
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.locate import TREE, Source, locate
@@ -71,6 +71,8 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
     source = _known[spec]
     if source is None:
         return cannot_compile(case, arch, evidence)
+    if case.op in named.OPS_WITH_NAMES:
+        return vllm_attention.refusal(spec, source, case, arch, evidence)
     choices, missing = choose(source, arch)
     paired = production.there(source.folder, source.version, arch, evidence)
     if OPS[case.op].phase == "mixed" and (sentence := vllm_layer.missing(source.folder)):
@@ -127,11 +129,12 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         kernels[vllm_insert.OP] = vllm_insert.kernel(spec.text, source.folder)
     all_kernels, all_missing = with_chains(kernels, missing)
     vllm_layer.put_in(all_kernels, all_missing, source.folder, arch, world.pdl)
+    hashes = vllm_attention.put_in(all_kernels, all_missing, spec, source, arch, offline)
     loaded = Loaded(
         spec,
         all_kernels,
         all_missing,
-        _description(source, choices, arch),
+        _description(source, choices, arch) | hashes,
         source.warnings,
         functools.partial(_refusal, source, choices, arch, evidence, kernels.get(vllm_insert.OP)),
         world.dependent_launch if arch.pdl else None,
@@ -216,6 +219,8 @@ def _refusal(
     if op == vllm_insert.OP:
         layout = choices["sparse_attn"].reading.kv_layout or "packed"
         return vllm_insert.refusal(case, arch, evidence, insert, layout)
+    if op in named.OPS_WITH_NAMES:
+        return cannot_compile(case, arch, evidence)
     if op in vllm_amd.PIECES:
         return vllm_amd.refusal(op, case, source.folder / TREE / "amd/ops") or cannot_compile(case, arch, evidence)
     if OPS[case.op].phase == "mixed" and (sentence := vllm_layer.refusal(arch, case)):

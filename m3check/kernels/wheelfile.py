@@ -40,7 +40,7 @@ class Files:
 def known_versions(project: Project) -> Mapping[str, Mapping[str, str]]:
     """The published versions that have the kernels: sha256 of each wanted file."""
     text = resources.files("m3check").joinpath("data", "known_wheels.json").read_text()
-    known: dict[str, dict[str, str]] = json.loads(text).get(project.name, {})
+    known: dict[str, dict[str, str]] = json.loads(text).get(project.key, {})
     return known
 
 

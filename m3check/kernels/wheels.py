@@ -31,7 +31,7 @@ def cache_folder() -> Path:
 
 def published(project: Project, version: str, offline: bool = False) -> Files:
     """The kernel files of project==version: from the cache, else fetched into it (never when offline)."""
-    folder = cache_folder() / f"{project.name}-{version}"
+    folder = cache_folder() / f"{project.key}-{version}"
     warnings: list[str] = []
     if folder.is_dir():
         try:
@@ -42,7 +42,7 @@ def published(project: Project, version: str, offline: bool = False) -> Files:
             warnings.append(f"{error}; fetched anew")
             _remove(folder)
     if offline:
-        prefix = f"{project.name}-"
+        prefix = f"{project.key}-"
         have = ", ".join(sorted(p.name.removeprefix(prefix) for p in cache_folder().glob(f"{prefix}*"))) or "none"
         raise M3CheckError(
             f"{project.name}=={version} is not in the cache {cache_folder()} and --offline forbids fetching it; cached: "
@@ -63,7 +63,7 @@ def unpacked(project: Project, wheel: Path) -> Files:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise M3CheckError(f"cannot read {wheel}: {error.strerror}") from error
-    folder = cache_folder() / "files" / f"{project.name}-{match[1]}-{digest[:16]}"
+    folder = cache_folder() / "files" / f"{project.key}-{match[1]}-{digest[:16]}"
     if folder.is_dir():
         try:
             return checked(project, folder, own=True)

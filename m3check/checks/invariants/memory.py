@@ -51,6 +51,12 @@ def far_pages(trial: Trial) -> list[Finding]:
     return [_in_an_arena(trial, "far_pages", words, World(far=True))]
 
 
+def far_slots(trial: Trial) -> list[Finding]:
+    """Listed slots so high that slot · stride passes 2^31 elements."""
+    words = "slots of listed tokens times their stride passed 2^31 elements"
+    return [_in_an_arena(trial, "far_slots", words, World(far=True))]
+
+
 def far_rows(trial: Trial) -> list[Finding]:
     """Rows so far apart that token · stride passes 2^31 elements, which only a kernel that promises it must bear."""
     words = "query tokens times their stride passed 2^31 elements"

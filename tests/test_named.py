@@ -1,0 +1,102 @@
+"""Kernels by the names that vLLM gives them: found in a checkout or a user's file, adapted, refused with a sentence."""
+
+import textwrap
+
+import fake_vllm
+import pytest
+import torch
+
+from m3check import cases, kernels, rerun, runner
+from m3check.arch import ARCHS
+from m3check.kernels import named
+from m3check.kernels.provider import Loaded, Spec
+from m3check.types import Kernel, Profile, Status
+
+LATENT = textwrap.dedent("""
+    import torch
+    from vllm.triton_utils import LOGE2
+
+    def triton_bf16_mla_sparse_interface(q, kv, indices, sm_scale, d_v=512, block_dpe=64):
+        ids = indices[:, 0].long()
+        k = kv[ids.clamp(min=0), 0].float().masked_fill((ids < 0)[..., None], 0)
+        logits = (q.float() @ k.mT * sm_scale).masked_fill((ids < 0)[:, None], -float("inf"))
+        lse = torch.logsumexp(logits, -1)
+        out = (logits.softmax(-1).nan_to_num(0) @ k[..., :d_v]).to(q.dtype)
+        return out, lse * LOGE2, lse
+""")
+CASE = "mla_sparse/q=3,kv=200,h=1,g=2,d=576,topk=32,ids=late"
+
+
+def results(spec, case=CASE):
+    arch = ARCHS["sm80"]
+    loaded = kernels.load(kernels.parse_spec(str(spec)), arch, "interpreted", True)
+    session = runner.Session(arch, "interpreted", "cpu", loaded)
+    line = runner.PlanLine(case, case.partition("/")[0], str(spec), "interpreted")
+    return loaded, runner.run_one(cases.parse_id(case), session, line, "")
+
+
+def test_a_checkout_with_the_file_is_tested_and_one_without_says_so(tmp_path):
+    fake_vllm.tree(tmp_path / "with", {**fake_vllm.files(), "vllm/v1/attention/ops/xpu_mla_sparse.py": LATENT})
+    loaded, result = results(f"vllm:{tmp_path / 'with'}")
+    assert result.status is Status.PASSED, result
+    assert result.kernel == "triton_bf16_mla_sparse_interface"
+    assert any(fact.endswith("xpu_mla_sparse.py") for fact in loaded.description)
+    fake_vllm.tree(tmp_path / "without", fake_vllm.files())
+    loaded, result = results(f"vllm:{tmp_path / 'without'}")
+    assert result.status is Status.SKIPPED
+    assert "vllm/v1/attention/ops" in result.reason
+
+
+def test_a_checkout_whose_file_does_not_import_lacks_the_op_only(tmp_path):
+    fake_vllm.tree(
+        tmp_path, {**fake_vllm.files(), "vllm/v1/attention/ops/xpu_mla_sparse.py": "import vllm.nothing\n" + LATENT}
+    )
+    loaded, result = results(f"vllm:{tmp_path}")
+    assert "does not import" in result.reason
+    assert "index_score" in loaded.kernels
+
+
+def test_a_users_file_may_keep_the_published_names(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\n"
+        "def triton_mla_sparse_attention(q, kv, indices, sm_scale, num_kv_splits=None):\n"
+        "    return torch.zeros(*q.shape[:2], 512, dtype=q.dtype)\n"
+    )
+    _, result = results(file)
+    assert result.status is Status.FAILED, "zeros are no attention"
+    assert {f.check for f in result.findings if f.status is Status.FAILED} >= {"element"}
+
+
+@pytest.mark.parametrize("name", [function.name for function in named.NAMED])
+def test_what_a_published_function_cannot_run_is_told(name):
+    function = next(each for each in named.NAMED if each.name == name)
+    case = cases.parse_id("mla_sparse/q=1,kv=20,h=1,g=3,d=192,dtype=fp16,cache=fp16")
+    sentence = function.refusal(case)
+    assert sentence
+    assert named.refusal(Kernel("u", function.op, name, Profile(), print), case) == f"{name} {sentence}"
+    assert named.refusal(Kernel("u", function.op, "mine", Profile(), print), case) is None
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_far_slots_catches_an_offset_of_32_bits(wraps):
+    def mla_sparse(q, kv, indices, sm_scale, d_v):
+        ids = indices[:, 0].long()
+        at = ids.clamp(min=0) * kv.stride(0)
+        if wraps:
+            at = (at + 2**31) % 2**32 - 2**31
+        flat = torch.tensor([], dtype=kv.dtype).set_(kv.untyped_storage())
+        k = flat[(kv.storage_offset() + at)[..., None] % len(flat) + torch.arange(kv.shape[-1])].float()
+        k = k.masked_fill((ids < 0)[..., None], 0)
+        logits = (q.float() @ k.mT * sm_scale).masked_fill((ids < 0)[:, None], -float("inf"))
+        return (logits.softmax(-1).nan_to_num(0) @ k[..., :d_v]).to(q.dtype)
+
+    case = cases.parse_id(CASE)
+    loaded = Loaded(Spec("t", "t"), {case.op: Kernel("t", case.op, "mine", Profile(), mla_sparse)})
+    session = runner.Session(ARCHS["sm80"], "interpreted", "cpu", loaded)
+    inputs = cases.make_inputs(case)
+    run, setting = runner.first_call(loaded.kernels[case.op], inputs, session)
+    judge = runner.Judge(inputs, setting)
+    assert not [f for f in judge(inputs, run) if f.status is Status.FAILED]
+    [found] = rerun.findings(["far_slots"], loaded.kernels[case.op], session, inputs, run, setting, judge)
+    assert (found.status is Status.FAILED) is wraps
