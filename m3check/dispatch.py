@@ -44,6 +44,8 @@ class Row:
     """What running it takes; `{}` stands for the target. Empty where the results of `provider` are about it in any case."""
     provider: str = "vllm"
     """Whose results are about it; of another than vllm only where there are any, else `needs` is told."""
+    kernel: str = ""
+    """The function whose results alone are about it, where vLLM has others of the same op; else `needs` is told."""
     since: tuple[int, int] = OLDEST
     until: tuple[int, int] = (99, 0)
     """The last version with it."""
@@ -61,7 +63,7 @@ _AMD_INDEX = "models/minimax_m3/amd/ops/index_topk.py"
 _LOGITS = ("mqa_logits", "paged_mqa_logits")
 _UNPUBLISHED = "Triton, of pull requests 38476 and 47629"
 _MLA = "v1/attention/backends/mla"
-_QKNORM = "needs vLLM installed on {}, with its compiled ops"
+_CHECKOUT = "needs a checkout that has them (--kernels vllm:PATH)"
 _AITER = "needs an AMD GPU with AITER, which is not in the wheel"
 
 
@@ -163,8 +165,8 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("indexer",), archs=_ALL, name="the classes of 0.24", file="models/minimax_m3/common/indexer.py", until=(0, 24),
         needs="needs stand-ins for the classes of 0.24, which m3check does not have"),
     # Norm, rotation and insertion: one compiled op everywhere, AITER's on request.
-    Row(ops=("qknorm_rope_insert",), archs=_ALL, name="compiled fused_minimax_m3_qknorm_rope_kv_insert", needs=_QKNORM,
-        provider="compiled", file="_custom_ops.py"),
+    Row(ops=("qknorm_rope_insert",), archs=_ALL, name="compiled fused_minimax_m3_qknorm_rope_kv_insert",
+        file="_custom_ops.py"),
     Row(ops=("qknorm_rope_insert",), archs=_AMD, name="AITER fused_qknorm_idxrqknorm", needs=_AITER, file="_aiter_ops.py",
         since=(0, 26), when="AITER and its shuffled cache layout on"),
     # Sparse MLA and MQA logits, of other models.
@@ -175,12 +177,15 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("mla_sparse",), archs=("sm120", "sm121"), name="FlashInfer sparse MLA",
         file=f"{_MLA}/flashinfer_mla_sparse_sm120.py", needs="needs {} and FlashInfer", since=(0, 26)),
     Row(ops=("mla_sparse",), archs=("sm80", "sm89", "sm120", "sm121"), name=_UNPUBLISHED,
-        file="v1/attention/ops/triton_mla_sparse.py", when="in no wheel; vllm:PATH of such a checkout"),
+        file="v1/attention/ops/triton_mla_sparse.py", when="in no wheel", needs=_CHECKOUT,
+        kernel="triton_mla_sparse_attention"),
     Row(ops=("mla_sparse",), archs=_AMD, name="AITER sparse MLA", file=f"{_MLA}/rocm_aiter_mla_sparse.py", needs=_AITER),
     Row(ops=_LOGITS, archs=("sm90", *_SM100), name="DeepGEMM", file="utils/deep_gemm.py",
         needs="needs {} and DeepGEMM, compiled with vLLM"),
-    Row(ops=_LOGITS, archs=("sm80", "sm89", "sm120", "sm121"), name=_UNPUBLISHED,
-        file="v1/attention/ops/mqa_logits_triton.py", when="in no wheel; vllm:PATH of such a checkout"),
+    Row(ops=("mqa_logits",), archs=("sm80", "sm89", "sm120", "sm121"), name=_UNPUBLISHED, when="in no wheel",
+        file="v1/attention/ops/mqa_logits_triton.py", needs=_CHECKOUT, kernel="fp8_mqa_logits_triton"),
+    Row(ops=("paged_mqa_logits",), archs=("sm80", "sm89", "sm120", "sm121"), name=_UNPUBLISHED, when="in no wheel",
+        file="v1/attention/ops/mqa_logits_triton.py", needs=_CHECKOUT, kernel="fp8_paged_mqa_logits_triton"),
     Row(ops=("mqa_logits",), archs=("gfx942",), name="Triton fp8_mqa_logits_gfx942", until=(0, 29),
         file="v1/attention/ops/triton_fp8_mqa_logits.py"),
     Row(ops=("mqa_logits",), archs=("gfx942",), name="AITER MQA logits", needs=_AITER, since=(0, 30),
@@ -266,6 +271,8 @@ def _is_of(name: str, kernel: str, row: Row, provider: str) -> bool:
 
     An installed vLLM runs MSA itself on a target that has it, under the names of MSA's functions.
     """
+    if row.kernel:
+        return name == provider and row.kernel in kernel
     msa = _MSA_KERNEL.search(kernel) is not None
     if row.provider == "vllm":
         return name == provider and not msa
@@ -276,9 +283,8 @@ def _told(op: str, row: Row, arch: str, about: list[Result], provider: str) -> s
     """The evidence of a row, or the sentence why there is none."""
     if op not in OPS:
         return f"not run here: m3check has no op {op}"
-    if row.provider == "vllm":
-        return not_run(row, arch) if row.needs else _evidence(about, provider)
-    return _evidence(about, row.provider) if any(r.status is not Status.SKIPPED for r in about) else not_run(row, arch)
+    ran = any(r.status is not Status.SKIPPED for r in about) and (row.provider != "vllm" or row.kernel)
+    return not_run(row, arch) if row.needs and not ran else _evidence(about, provider if row.provider == "vllm" else row.provider)
 
 
 def planned(arch: str, lines: Iterable[PlanLine], axes: Callable[[str], Axes]) -> list[tuple[str, str, str, str]]:

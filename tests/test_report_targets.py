@@ -122,6 +122,21 @@ def test_kernels_that_are_msas_are_known_by_their_names():
         assert by["sparse_attn", "fmha_sm100 sparse_atten_func"] == "interpreted: 1 passed", name
 
 
+def test_a_kernel_of_a_pull_request_is_known_by_its_function():
+    def told(kernel):
+        made = replace(result(op="mla_sparse", provider="vllm:../vllm"), kernel=kernel)
+        return [
+            e["evidence"]
+            for e in dispatch.summary("sm80", [made], {"vllm:../vllm": {"version": "0.33.0"}})
+            if e["op"] == "mla_sparse"
+        ]
+
+    assert told("triton_bf16_mla_sparse_interface") == [
+        "not run here, needs a checkout that has them (--kernels vllm:PATH)"
+    ]
+    assert told("triton_mla_sparse_attention") == ["interpreted: 1 passed"]
+
+
 def test_a_plan_says_what_it_has_of_production():
     case = "index_topk/q=1,kv=1"
     lines = [
