@@ -92,13 +92,14 @@ def wheel(
     *,
     recorded: Mapping[str, str] | None = None,
     record: bool = True,
+    project: str = "vllm",
 ) -> Path:
     """A wheel of those files; RECORD is made from `recorded`, where that differs from what is inside."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / wheel_name(version)
-    info = f"vllm-{version}.dist-info"
+    path = folder / wheel_name(version, project)
+    info = f"{project}-{version}.dist-info"
     metadata = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: cp38-abi3-manylinux_2_31_x86_64\n",
     }
     rows = [
@@ -112,9 +113,9 @@ def wheel(
     return path
 
 
-def wheel_name(version: str) -> str:
+def wheel_name(version: str, project: str = "vllm") -> str:
     """A wheel's file name, tagged as the published ones are."""
-    return f"vllm-{version}-cp38-abi3-manylinux_2_31_x86_64.whl"
+    return f"{project}-{version}-cp38-abi3-manylinux_2_31_x86_64.whl"
 
 
 def _digest(text: str) -> str:
