@@ -93,3 +93,14 @@ def test_every_entry_says_what_it_sees_and_names_what_carries_it_out():
         assert invariant.blind
         module, _, function = invariant.run.partition(".")
         assert callable(getattr(importlib.import_module(f"m3check.checks.invariants.{module}"), function))
+
+
+def test_a_case_that_suits_an_invariant_comes_before_cheaper_ones():
+    ids = ["sparse_attn_decode/q=1,kv=300,h=2,g=2,d=64,topk=3", "sparse_attn_decode/q=1,kv=300,h=2,g=2,topk=4"]
+    listed = [(name, cases.parse_id(name), seconds) for name, seconds in zip(ids, (1.0, 9.0), strict=True)]
+    given = invariants.assign(listed, "device", "smoke")
+    assert "same_as_prefill" in given[ids[0]]
+    given = invariants.assign(listed, "device", "smoke", lambda name, case: name == "same_as_prefill" and case.topk == 4)
+    assert "same_as_prefill" in given[ids[1]]
+    assert "same_as_prefill" not in given[ids[0]]
+    assert "repeat" in given[ids[0]]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import fake_vllm
 import pytest
+import torch
 from fake_fmha_sm100 import Model
 from torch_kernels import RIGHT as RIGHT_TORCH
 
-from m3check import cases, kernels, power, runner
+from m3check import cases, invariants, kernels, power, runner
 from m3check.arch import ARCHS
 from m3check.kernels import fmha_sm100
 from m3check.kernels.fmha_sm100 import production
@@ -182,6 +184,35 @@ def test_a_model_with_a_plausible_mistake_is_red(wrong, case, check):
     assert check in red(result), red(result)
 
 
+def replaced(op, **words):
+    """A session whose kernel of an op promises something else."""
+    held = session(Model())
+    kernel = held.loaded.kernels[op]
+    kernel = replace(kernel, profile=replace(kernel.profile, **words))
+    return replace(held, loaded=replace(held.loaded, kernels={**held.loaded.kernels, op: kernel}))
+
+
+@pytest.mark.parametrize(
+    ("case", "words", "check"), [(PADDED, {"dead_ids": "empty"}, "ids"), (CUTLASS, {"queries": ""}, "element")]
+)
+def test_what_a_profile_grants_is_needed(case, words, check):
+    """Ids of padded rows, and fp8 queries and weights: without the promise the same answers are red."""
+    parsed = cases.parse_id(case)
+    line = PlanLine(case, parsed.op, SPEC.text, "interpreted")
+    result = runner.run_one(parsed, replaced(parsed.op, **words), line, "")
+    assert check in red(result)
+
+
+def test_fp8_queries_do_not_hide_a_lost_block():
+    class Shorter(Model):
+        def msa_cutlass_sparse_decode(self, query_fp8, kv_cache, topk, output, metadata, **scales):
+            topk = torch.cat([topk[..., 1:], torch.full_like(topk[..., :1], -1)], dim=-1)
+            super().msa_cutlass_sparse_decode(query_fp8, kv_cache, topk, output, metadata, **scales)
+
+    result = run(Shorter(), CUTLASS)
+    assert "token" in red(result), result.reason
+
+
 def test_a_wrong_csr_is_told_before_anything_attends_with_it():
     result = run(SlotLost(), ATTEND)
     assert result.status is Status.ERROR
@@ -254,6 +285,7 @@ def test_naming_it_where_it_is_not_ends_the_run(tmp_path):
 # From files.
 
 
+MIXED = "sparse_attn_decode/q=1,kv=300,h=2,g=2,topk=4"
 HELD = "from fake_fmha_sm100 import Model\nheld = Model()\n"
 
 
@@ -310,6 +342,8 @@ def test_vllm_on_an_sm100_gpu_is_productions_pair_and_elsewhere_triton(tmp_path,
     assert pair.kernel("index_topk", short).name == "minimax_m3_index_topk"
     assert pair.kernel("index_decode", cases.parse_id("index_decode/q=1,kv=300,h=2")).name.startswith(score)
     assert "MSA's kernels where vLLM selects them" in pair.description["note"]
+    assert kernels.suits(spec, "same_as_prefill", cases.parse_id(MIXED), ARCHS["sm100"], "device")
+    assert not kernels.suits(spec, "same_as_prefill", cases.parse_id(MIXED), ARCHS["sm100"], "interpreted")
     odd = cases.parse_id("index_decode/q=1,kv=300,h=3")  # which Triton's kernel cannot run, and MSA's can
     assert kernels.refuses(spec, odd, ARCHS["sm100"], "device") is None
     assert pair.refuses(odd) is None
@@ -320,6 +354,33 @@ def test_vllm_on_an_sm100_gpu_is_productions_pair_and_elsewhere_triton(tmp_path,
     assert (
         kernels.load(spec, ARCHS["sm90"], "device", offline=True).kernel("index_topk", wide).name == "minimax_m3_index_topk"
     )
+
+
+@pytest.mark.parametrize(
+    ("case", "mixed"),
+    [
+        ("sparse_attn_decode/q=1,kv=300,h=2,g=2,topk=4", True),
+        ("sparse_attn_decode/q=1,kv=300,h=2,g=2,d=64,topk=4", False),
+        ("sparse_attn_decode/q=1,kv=300,h=2,g=2,topk=5", False),
+        ("index_decode_score/q=1,kv=300,h=2", True),
+        ("index_decode_score/q=1,kv=300,h=2,dtype=fp16,cache=fp16", False),
+        ("decode/q=1,kv=300,h=2,g=2,topk=4", True),
+        ("decode/q=1,kv=300,h=2,g=2,d=64,topk=4", False),
+        ("sparse_attn/q=1,kv=300,h=2,g=2,topk=4", False),
+    ],
+)
+def test_cases_on_which_prefill_and_decode_differ_are_known(case, mixed):
+    assert production.mixes(cases.parse_id(case)) is mixed
+
+
+def test_a_tier_compares_prefill_and_decode_on_such_cases():
+    def suits(name, case):
+        return name == "same_as_prefill" and production.mixes(case)
+
+    costs = [(cases.case_id(case), case, cases.cost(case, "device")) for case in cases.tier("smoke")]
+    shown = [n for n, names in invariants.assign(costs, "device", "smoke", suits).items() if "same_as_prefill" in names]
+    assert {cases.parse_id(name).op for name in shown} == {"index_decode_score", "sparse_attn_decode", "decode"}
+    assert all(production.mixes(cases.parse_id(name)) for name in shown)
 
 
 # The dispatch as a whole: prefill by MSA, decode by Triton.

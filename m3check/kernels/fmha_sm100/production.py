@@ -49,6 +49,16 @@ def takes(op: str, case: Case) -> bool:
     return case.topk in _lists(op) and refusal(op, case) is None
 
 
+def mixes(case: Case) -> bool:
+    """Whether the prefill of a decode op's rows is another implementation than the op's own."""
+    prefill: Mapping[str, tuple[str, ...]] = {
+        "index_decode_score": ("index_score",),
+        "sparse_attn_decode": ("sparse_attn",),
+        "decode": OPS["prefill"].chain,
+    }
+    return any(takes(op, case) for op in prefill.get(case.op, ()))
+
+
 def _lists(op: str) -> tuple[int, ...]:
     return sparse_attn.SLOTS if op == "sparse_attn" else (index_topk.SLOTS,)
 
