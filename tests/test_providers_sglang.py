@@ -131,8 +131,8 @@ def test_the_target_is_presented_while_files_are_imported(arch, hopper, rocm, tm
     loaded = load(f"sglang:{fake_sglang.tree(tmp_path, fake_sglang.files())}", arch)
     wrapped = loaded.kernels["sparse_attn"].function.__wrapped__
     module = wrapped.__self__._prefill
-    assert module.HOPPER == hopper
-    assert module.ROCM == rocm
+    presented = (module.HOPPER, module.ROCM)
+    assert presented == (hopper, rocm)
     assert torch.version.hip is None
 
 
