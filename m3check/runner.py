@@ -126,10 +126,13 @@ def _invariants(
     A case that was named shows what any tier asks of it, and all that fit unless that takes long.
     """
 
+    def suits(invariant: str, case: Case) -> bool:
+        return kernels.suits(spec, invariant, case, arch, evidence)
+
     def assigned(tier: str) -> dict[str, tuple[str, ...]]:
         able = [case for case in cases.tier(tier) if kernels.refuses(spec, case, arch, evidence) is None]
         seconds = [(cases.case_id(case), case, cases.cost(case, evidence)) for case in able]
-        return invariants.assign(seconds, evidence, tier, lambda name, case: kernels.suits(spec, name, case, arch, evidence))
+        return invariants.assign(seconds, evidence, tier, suits)
 
     given = [assigned(tier) for tier in (("smoke", "ci", "full") if options.cases else (options.tier,))]
 
