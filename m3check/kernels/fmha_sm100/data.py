@@ -1,0 +1,106 @@
+"""The plan of OnlyScore and the CSR of prefill attention as data: what they must hold, by lengths and id lists.
+
+The adapters compare each plan and each CSR with this before they are used, so that a wrong one is told by its field and not
+by what a kernel makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from m3check.types import BLOCK, blocks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST = 2**31
+"""Cells of a score buffer beyond which a plan gives up scores: max_k_tiles is -1."""
+
+
+def natural_tiles(query_lens: Sequence[int], kv_lens: Sequence[int], heads: int) -> int:
+    """max_k_tiles of a plan: the blocks of the longest context, rounded up to 128; -1 for a buffer past LARGEST cells."""
+    tiles = -(-blocks(max(kv_lens)) // BLOCK) * BLOCK
+    return tiles if heads * tiles * sum(query_lens) <= LARGEST else -1
+
+
+def plan_fault(plan: Mapping[str, Any], query_lens: Sequence[int], kv_lens: Sequence[int], heads: int) -> str | None:
+    """What is wrong with a plan of OnlyScore, as a sentence. Short queries may be packed: `pack_factor` heads in a row."""
+    pack = int(plan.get("pack_factor", 1))
+    if pack < 1 or heads % pack:
+        return f"plan: pack_factor {pack} does not divide {heads} heads"
+    packed = [n * pack for n in query_lens]
+    wanted = {
+        "qo_segment_lens": packed,
+        "qo_segment_offsets": [0, *accumulate(packed)],
+        "kv_segment_lens": list(kv_lens),
+        "kv_segment_offsets": [0, *accumulate(kv_lens)],
+        "kv_page_indptr": [0, *accumulate(blocks(n) for n in kv_lens)],
+        "qo_offset": [kv - q for q, kv in zip(query_lens, kv_lens, strict=True)],
+        "max_k_tiles": [natural_tiles(query_lens, kv_lens, heads)],
+    }
+    for field, values in wanted.items():
+        if field in plan:
+            found = _numbers(plan[field])
+            if found != values:
+                return f"plan: {field} is {_short(found)}, wanted {_short(values)}"
+    return None
+
+
+def csr(topk_idx: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(row_ptr [H, rows + 1] int64, the query indices of each head) of id lists [H, T, topk].
+
+    A row is a block of a request: first the first blocks of all requests, then their second ones, and so on. A row's
+    queries are counted from the start of their request, and ascend. Ids that name no block of the request are left out.
+    """
+    import torch
+
+    heads, rows, slots = topk_idx.shape
+    device = topk_idx.device
+    starts, counts = cu_seqlens_q.long(), (cu_seqlens_k.diff().long() + BLOCK - 1) // BLOCK
+    most = int(counts.max()) if counts.numel() else 0
+    there = torch.arange(most, device=device)[:, None] < counts  # [blocks, R]
+    number = (there.flatten().cumsum(0) - 1).view(most, len(counts))
+    request = torch.arange(len(counts), device=device).repeat_interleave(starts.diff())
+    ids = topk_idx.long()
+    valid = (ids >= 0) & (ids < counts[request][None, :, None])
+    row = number[ids.clamp(0, max(most - 1, 0)), request[None, :, None].expand(heads, rows, slots)]
+    query = torch.arange(rows, device=device)[:, None].expand(rows, slots)
+    total = int(counts.sum())
+    ends, queries = [], []
+    for head in range(heads):
+        mine = valid[head]
+        order = (row[head][mine] * max(rows, 1) + query[mine]).sort().values
+        queries.append(order % max(rows, 1) - starts[request[order % max(rows, 1)]])
+        ends.append(torch.bincount(order // max(rows, 1), minlength=total).cumsum(0))
+    row_ptr = torch.nn.functional.pad(torch.stack(ends), (1, 0)) if ends else torch.zeros(0, total + 1)
+    return row_ptr, queries
+
+
+def csr_fault(row_ptr: Tensor, queries: Tensor, topk_idx: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> str | None:
+    """What is wrong with a CSR of build_k2q_csr, as a sentence. It may have further rows, which are empty."""
+    wanted, lists = csr(topk_idx, cu_seqlens_q, cu_seqlens_k)
+    rows = wanted.shape[1]
+    if row_ptr.shape[1] < rows:
+        return f"CSR: {row_ptr.shape[1] - 1} rows, wanted {rows - 1}"
+    wrong = row_ptr[:, :rows].long() != wanted
+    if bool(wrong.any()):
+        head, row = (int(i) for i in wrong.nonzero()[0])
+        return f"CSR: row {row - 1} of head {head} ends at {int(row_ptr[head, row])}, wanted {int(wanted[head, row])}"
+    for head, listed in enumerate(lists):
+        differ = queries[head, : len(listed)].long() != listed
+        if bool(differ.any()):
+            at = int(differ.nonzero()[0])
+            return f"CSR: entry {at} of head {head} is query {int(queries[head, at])}, wanted {int(listed[at])}"
+    return None
+
+
+def _numbers(values: Any) -> list[int]:
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return [int(v) for v in values] if isinstance(values, Sequence) else [int(values)]
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"{values[:8]} …"
