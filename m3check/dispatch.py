@@ -60,6 +60,7 @@ _COMMON = "models/minimax_m3/common/ops/index_topk.py"
 _COMMON_ATTN = "models/minimax_m3/common/ops/sparse_attn.py"
 _FMHA = "third_party/fmha_sm100"
 _AMD_INDEX = "models/minimax_m3/amd/ops/index_topk.py"
+_AMD_PAGES = "models/minimax_m3/amd/ops/sparse_pa.py"
 _LOGITS = ("mqa_logits", "paged_mqa_logits")
 _UNPUBLISHED = "Triton, of pull requests 38476 and 47629"
 _MLA = "v1/attention/backends/mla"
@@ -147,9 +148,13 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("index_decode_cp", "index_topk_cp"), archs=_AMD, name="Triton (amd), context parallel", since=(0, 33),
         file="models/minimax_m3/amd/ops/indexer_cp_exchange.py", when="on request (minimax_m3_indexer_cp), bf16 index"),
     Row(ops=("sparse_attn", "sparse_attn_decode"), archs=_AMD, name="AITER sparse paged attention", needs=_AITER,
-        file="models/minimax_m3/amd/ops/sparse_pa.py", since=(0, 26), when="AITER and its shuffled cache layout on"),
+        file=_AMD_PAGES, since=(0, 26), when="AITER and its shuffled cache layout on"),
     Row(ops=("sparse_pa_table", "sparse_pa_table_decode"), archs=_AMD, name="Triton (amd), table of 16-token pages",
-        file="models/minimax_m3/amd/ops/sparse_pa.py", since=(0, 26), when="for AITER sparse paged attention"),
+        file=_AMD_PAGES, since=(0, 26), when="for AITER sparse paged attention"),
+    Row(ops=("index_insert",), archs=_AMD, name="Triton (amd)", file=_AMD_PAGES, since=(0, 26),
+        when="for AITER sparse paged attention, without AITER's fused insert"),
+    Row(ops=("page16_rebase",), archs=_AMD, name="torch (amd)", file=_AMD_PAGES, since=(0, 30),
+        when="keys and values share a block"),
     Row(ops=("index_decode_table",), archs=_AMD, name="Triton (amd), fused selector that writes the table", since=(0, 30),
         file=_AMD_INDEX, when="for AITER sparse paged attention, one KV head"),
     # A batch through one layer: the implementation classes around the kernels above.
@@ -284,7 +289,9 @@ def _told(op: str, row: Row, arch: str, about: list[Result], provider: str) -> s
     if op not in OPS:
         return f"not run here: m3check has no op {op}"
     ran = any(r.status is not Status.SKIPPED for r in about) and (row.provider != "vllm" or row.kernel)
-    return not_run(row, arch) if row.needs and not ran else _evidence(about, provider if row.provider == "vllm" else row.provider)
+    if row.needs and not ran:
+        return not_run(row, arch)
+    return _evidence(about, provider if row.provider == "vllm" else row.provider)
 
 
 def planned(arch: str, lines: Iterable[PlanLine], axes: Callable[[str], Axes]) -> list[tuple[str, str, str, str]]:

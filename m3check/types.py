@@ -34,6 +34,11 @@ def blocks(tokens: int) -> int:
     return max(0, -(-tokens // BLOCK))
 
 
+def skipped(token: int) -> bool:
+    """Whether a query token of an insertion into a cache has no slot there, as padded tokens have none: every fifth."""
+    return token % 5 == 3
+
+
 class Status(StrEnum):
     """What became of a finding or of a result."""
 
@@ -118,6 +123,8 @@ OPS: Mapping[str, Op] = {
         ),
         Op("index_decode_cp", "decode", ("ids",), "index_decode by several processes that share the blocks", family="amd"),
         Op("index_topk_cp", "decode", ("ids",), "selection by several processes: keys gathered and merged", family="amd"),
+        Op("index_insert", "prefill", ("index_keys",), "index keys written into their slots of a cache", family="amd"),
+        Op("page16_rebase", "prefill", ("slots", "blocks"), "slots and page ids where a page has 16 tokens", family="amd"),
         Op(
             "indexer",
             "mixed",

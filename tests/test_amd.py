@@ -303,6 +303,60 @@ def test_a_fused_table_is_judged_on_the_ids_beside_it():
     assert judged(case, fused("counter"))[1] == {"counter"}
 
 
+# Slots.
+
+INSERT = "index_insert/q=9+3,kv=300+5,d=32"
+REBASE = "page16_rebase/q=9+3,kv=300+130"
+
+
+def inserts(mistake=""):
+    def index_insert(index_k, index_cache, index_slot_mapping):
+        for t, slot in enumerate(index_slot_mapping.tolist()):
+            if slot < 0 and mistake != "padding":
+                continue
+            if mistake == "neighbour" and slot % 128 < 127:
+                slot += 1
+            key = index_k[t - 1] if mistake == "key" else index_k[t]
+            key = -key.abs() if mistake == "sign" else key
+            index_cache[slot // 128, slot % 128] = key.to(index_cache.dtype)
+
+    return index_insert
+
+
+def rebases(mistake=""):
+    def page16_rebase(slot_mapping, block_table, block_size):
+        slots = slot_mapping // block_size * 2 * block_size + slot_mapping % block_size
+        if mistake != "padding":
+            slots = slots.where(slot_mapping >= 0, slot_mapping)
+        if mistake == "twice":
+            slots = slot_mapping * 2
+        return slots, block_table * (1 if mistake == "table" else 2)
+
+    return page16_rebase
+
+
+@pytest.mark.parametrize("case", [INSERT, f"{INSERT},cache=fp8_e4m3fn,layout=pool"])
+def test_keys_are_held_to_their_slots(case):
+    assert judged(case, inserts()) == (Status.PASSED, set())
+    assert judged(case, inserts("padding"))[1] == {"guards"}
+    assert judged(case, inserts("neighbour"))[1] >= {"guards", "index_keys"}
+    for mistake in ("key", "sign"):
+        assert judged(case, inserts(mistake))[1] == {"index_keys"}, mistake
+
+
+def test_renumbered_slots_and_pages_stand_for_what_they_did():
+    assert judged(REBASE, rebases()) == (Status.PASSED, set())
+    assert judged(REBASE, rebases("padding"))[1] == {"slots"}, "a negative slot becomes another one"
+    assert judged(REBASE, rebases("twice"))[1] == {"slots"}
+    assert judged(REBASE, rebases("table"))[1] == {"blocks"}
+
+
+def test_a_function_is_lifted_out_of_a_file_that_cannot_be_imported(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text("import vllm_of_nowhere\n\ndef twice(x: vllm_of_nowhere.Tensor):\n    return torch.add(x, x)\n")
+    assert vllm_amd._lifted(file, "twice")(torch.tensor(3)) == 6
+
+
 # What runs where.
 
 

@@ -85,6 +85,12 @@ CHECKS: tuple[Check, ...] = (
           pages.check_context),
     Check("pages", "pages", "a page missing, doubled, of another block or request; a cut that is not the query's own block",
           "the order of whole pages", pages.check_pages),
+    Check("index_keys", "index_keys", "a key in no slot, or in another's; another rounding",
+          "what tokens without a slot write (guards see that)", pages.check_exact("index_keys")),
+    Check("slots", "slots", "a slot of another token; a token without a slot that gets one", "which page a block has",
+          pages.check_exact("slots")),
+    Check("blocks", "blocks", "a page id of another block", "columns past a request's last block",
+          pages.check_exact("blocks")),
     Check("counter", "counter", "counters that a launch leaves behind for the next", "the count itself",
           pages.check_counter),
     Check("lse", "lse", "base of the logsumexp, a part lost in it, dead rows that weigh something", "errors below the "

@@ -56,5 +56,8 @@ OUTPUTS: Mapping[str, Output] = {
     "out": Output(0, _attended, "query head {1}, channel {2}"),
     "pages": Output(0, _every, "cell {1}"),
     "context": Output(0, _every, "its length"),
+    "index_keys": Output(0, _every, "channel {1}"),
+    "slots": Output(0, _every, "its slot"),
+    "blocks": Output(0, _every, "block {1}"),
     "counter": Output(1, _every, "index head {0}"),
 }

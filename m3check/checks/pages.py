@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,22 @@ def check_pages(view: View) -> list[Finding]:
     else:
         hint = "a cell past the context names a page that is not of the query's own block; wanted page id 0"
     return [Finding("pages", Status.FAILED, float(count), 0.0, view.rows.name(row), f"{hint}; {count} rows")]
+
+
+def check_exact(name: str) -> Callable[[View], list[Finding]]:
+    """A check that an output has exactly the expected values."""
+
+    def check(view: View) -> list[Finding]:
+        actual, wanted = view.actual(name), view.expected[name].to(view.device)
+        wrong = actual.to(wanted.dtype) != wanted
+        count = int(wrong.sum())
+        if not count:
+            return [Finding(name, Status.PASSED, 0.0, 0.0)]
+        first = [int(i) for i in wrong.nonzero()[0]]
+        hint = f"{actual[tuple(first)].item():.6g}, wanted {wanted[tuple(first)].item():.6g}; {count} cells"
+        return [Finding(name, Status.FAILED, float(count), 0.0, f"`{name}` {first}", hint)]
+
+    return check
 
 
 def check_counter(view: View) -> list[Finding]:

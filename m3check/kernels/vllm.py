@@ -121,7 +121,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
     for op in vllm_amd.PIECES.keys() - missing.keys():
         package = f"{TREE.replace('/', '.')}.amd.ops"
         try:
-            function = vllm_amd.load(op, world, package)
+            function = vllm_amd.load(op, world, package, source.folder / TREE / "amd/ops")
         except Exception as error:
             raise M3CheckError(_import_failure(source, f"{package}.{vllm_amd.file_of(op)}", error)) from error
         kernels[op] = Kernel(spec.text, op, vllm_amd.PIECES[op].name, vllm_amd.profile(op), function)

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from m3check.arch import Arch
@@ -99,6 +98,17 @@ def _index_topk_cp(parts: Parts) -> Callable[..., Any]:
     return index_topk_cp
 
 
+def _page16_rebase(parts: Parts) -> Callable[..., Any]:
+    def page16_rebase(slot_mapping: Tensor, block_table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        slots = parts["minimax_m3_rebase_slots_to_page16"](slot_mapping, block_size)
+        return slots, parts["minimax_m3_rebase_block_table_to_page16"](block_table)
+
+    return page16_rebase
+
+
+LIFTED = "../../common/sparse_attention"
+"""A file that imports much of vLLM: of it only functions that need nothing but torch are taken, each by itself."""
+
 _EXCHANGE = {"local_topk_keys": "indexer_cp_exchange", "merge_topk_keys": "indexer_cp_exchange"}
 
 PIECES: Mapping[str, Piece] = {
@@ -106,6 +116,11 @@ PIECES: Mapping[str, Piece] = {
     "sparse_pa_table_decode": Piece({"minimax_m3_build_sparse_block_table_decode": "sparse_pa"}),
     "index_decode_table": Piece({"minimax_m3_index_decode": "index_topk"}),
     "index_decode_cp": Piece({"indexer_context_scores": "indexer_context_parallel", **_EXCHANGE}, _index_decode_cp),
+    "index_insert": Piece({"minimax_m3_insert_index_cache": "sparse_pa"}),
+    "page16_rebase": Piece(
+        {"minimax_m3_rebase_block_table_to_page16": "sparse_pa", "minimax_m3_rebase_slots_to_page16": LIFTED},
+        _page16_rebase,
+    ),
     "index_topk_cp": Piece(_EXCHANGE, _index_topk_cp),
 }
 
@@ -121,7 +136,9 @@ def missing(op: str, ops: Path, arch: Arch, version: str) -> str | None:
         functions = _parameters(ops / f"{stem}.py")
         wanted = NEEDS.get(op)
         if name not in functions:
-            return f"vllm {version} has no {name} in amd/ops/{stem}.py"
+            return (
+                f"vllm {version} has no {name} in {stem.removeprefix('../../') if stem == LIFTED else f'amd/ops/{stem}'}.py"
+            )
         if wanted is not None and wanted not in functions[name]:
             return f"vllm {version}: {name} takes no {wanted}"
     return None
@@ -156,16 +173,32 @@ def file_of(op: str) -> str:
     return next(iter(PIECES[op].parts.values()))
 
 
-def load(op: str, world: World, package: str) -> Callable[..., Any]:
+def load(op: str, world: World, package: str, ops: Path) -> Callable[..., Any]:
     """The function of a piece, its files executed among the stand-ins of `world`."""
     _stand_in(world)
-    modules: dict[str, ModuleType] = {}
-    for stem in PIECES[op].parts.values():
-        modules[stem] = world.load(f"{package}.{stem}")
-    parts = {name: getattr(modules[stem], name) for name, stem in PIECES[op].parts.items()}
+    parts: dict[str, Any] = {}
+    for name, stem in PIECES[op].parts.items():
+        path = ops / f"{stem}.py"
+        parts[name] = _lifted(path, name) if stem == LIFTED else getattr(world.load(f"{package}.{stem}"), name)
     compose = PIECES[op].composed
     function: Callable[..., Any] = compose(parts) if compose else next(iter(parts.values()))
     return world.inside(function)
+
+
+def _lifted(path: Path, name: str) -> Callable[..., Any]:
+    """One function of a file, executed without the rest of it; its annotations stay text."""
+    import __future__
+
+    import ast
+
+    import torch
+
+    node = next(n for n in ast.parse(path.read_bytes()).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    space: dict[str, Any] = {"torch": torch}
+    code = compile(ast.Module([node], []), str(path), "exec", __future__.annotations.compiler_flag)
+    exec(code, space)
+    function: Callable[..., Any] = space[name]
+    return function
 
 
 def _stand_in(world: World) -> None:

@@ -20,6 +20,7 @@ from m3check.reference.index_score import index_score
 from m3check.reference.index_topk import index_topk
 from m3check.reference.indexer import indexer
 from m3check.reference.mla_sparse import mla_sparse
+from m3check.reference.page16 import index_insert, page16_rebase
 from m3check.reference.qknorm_rope_insert import qknorm_rope_insert
 from m3check.reference.sparse_attn import sparse_attn
 from m3check.reference.sparse_attn_decode import sparse_attn_decode
@@ -64,6 +65,8 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
         "idx_q idx_k requests topk init_blocks local_blocks dtype",
         "ids score plain_score",
     ),
+    "index_insert": (index_insert, "index_k cached", "index_keys"),
+    "page16_rebase": (page16_rebase, "requests", "slots blocks"),
     "index_topk_cp": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
     "mla_sparse": (mla_sparse, "q k topk_idx requests sm_scale dtype", "out lse"),
     "qknorm_rope_insert": (

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _TABLE = frozenset({"kv_heads", "topk", "ids", "layout", "seed"})
 _SELECT = frozenset({"kv_heads", "topk", "init_blocks", "local_blocks", "fill", "seed"})
+_INSERT = frozenset({"head_dim", "dtype", "cache_dtype", "layout", "seed"})
 _SCORE = _SELECT | {"head_dim", "dtype", "cache_dtype", "layout", "max_query_len"}
 
 FILLS = ("gauss", "integer", "wide", "ties")
@@ -44,11 +45,17 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> Mapping[str, A
     from m3check.cases.ident import case_id
     from m3check.cases.selections import SELECTIONS, visible_blocks
     from m3check.cases.stream import Stream
+    from m3check.paging import torch_dtype
 
     if case.op in ("sparse_pa_table", "sparse_pa_table_decode"):
         ids = SELECTIONS[case.ids](case, Stream(f"{case_id(case)}#ids"))
         return {"topk_idx": torch.from_numpy(ids).to(torch.int32).to(device)}
     heads, queries = case.kv_heads, case.total_queries
+    if case.op == "page16_rebase":
+        return {"more": {"cached": torch.empty(0, device=device)}}
+    if case.op == "index_insert":
+        cached = torch.empty(0, dtype=torch_dtype(case.cache_dtype), device=device)
+        return {"more": {"index_k": draw("idx_k", (queries, case.head_dim), case.dtype), "cached": cached}}
     if case.op == "index_topk_cp":
         scores = draw("scores", (heads, queries, case.block_columns), "fp32")
         unseen = torch.arange(case.block_columns) >= torch.from_numpy(visible_blocks(case))[:, None]
@@ -79,6 +86,8 @@ FAMILY = Family(
         "index_decode_table": _SCORE,
         "index_decode_cp": _SCORE - {"max_query_len"},
         "index_topk_cp": _SELECT,
+        "index_insert": _INSERT,
+        "page16_rebase": frozenset({"seed"}),
     },
     complaint=complaint,
     make=make,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from m3check.kernels.calls import sparse
 from m3check.kernels.calls.family import BrokenContract, Calls, Physical, Taken, checked
-from m3check.types import BLOCK, Inputs, Kernel, blocks
+from m3check.types import BLOCK, Inputs, Kernel, blocks, skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from m3check.paging import Guard, World
+    from m3check.paging import Guard, Pages, World
 
 PARAMETERS: Mapping[str, str] = {
     "attention_block_table": "[R, columns] int32: page of each logical block in the main cache",
@@ -23,6 +23,11 @@ PARAMETERS: Mapping[str, str] = {
     "sparse_block_table_out": "[T, topk * 8] int32: where to write the 16-token pages, page id 0 in cells without one",
     "sparse_context_lens_out": "[T] int32: where to write how many tokens of them a query sees",
     "completion_counter": "[H, T] int32, zero before and after the call: what programs of a launch may count on",
+    "index_k": "[T, D]: index keys, rows of any stride",
+    "index_cache": "[pages, 128, D]: the index cache, which is written in place",
+    "index_slot_mapping": "[T] int64: page · 128 + offset of each key; a negative slot is none",
+    "slot_mapping": "likewise, of each token in the main cache",
+    "block_size": "int: 128",
     "ranks": "int: processes that share the blocks, block b belonging to b mod ranks; the function plays all of them",
 }
 
@@ -40,6 +45,11 @@ SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {
         f"{_IDS}; the table and the context lengths in the buffers given",
     ),
     "index_decode_cp": ((*_DECODE, "sm_scale", "ranks", "out"), _IDS),
+    "index_insert": (("index_k", "index_cache", "index_slot_mapping"), "None: the cache holds the keys"),
+    "page16_rebase": (
+        ("slot_mapping", "block_table", "block_size"),
+        "(slots [T] int64, block table [R, columns] int32): a block has twice as many pages; negative slots are kept",
+    ),
     "index_topk_cp": (
         ("score", "seq_lens", "max_seq_len", "topk", "init_blocks", "local_blocks", "decode_query_len", "ranks", "out"),
         _IDS,
@@ -80,6 +90,8 @@ def physical(
             lambda wanted: {},
             take=lambda result, buffers: Taken(_table(kernel, inputs, pages.table, stride, result)),
         )
+    if op in ("index_insert", "page16_rebase"):
+        return _slots(kernel, inputs, world, pages)
     like = replace(kernel, op="index_topk" if op == "index_topk_cp" else "index_decode")
     made = sparse.physical(like, inputs, world, accepted, upstream)
     made.arguments |= arguments | {"attention_block_table": pages.table}
@@ -110,6 +122,70 @@ def physical(
         return taken
 
     return replace(made, buffers=buffers, take=take_both)
+
+
+def _slots(kernel: Kernel, inputs: Inputs, world: World, pages: Pages) -> Physical:
+    """Tokens at their slots, every fifth without one; a cache of which only those slots may be written."""
+    import torch
+
+    from m3check import paging
+
+    case, device, table = inputs.case, inputs.device, pages.table
+    places = [(r.index, r.position(i)) for r in case.requests() for i in range(r.query_len)]
+    real = torch.tensor([int(table[r, p // BLOCK]) * BLOCK + p % BLOCK for r, p in places], device=device)
+    kept = torch.tensor([not skipped(t) for t in range(len(places))], device=device)
+    slots = real.where(kept, -1)
+    if kernel.op == "page16_rebase":
+        return Physical(
+            {"slot_mapping": slots, "block_table": table, "block_size": BLOCK},
+            lambda wanted: {},
+            take=lambda result, buffers: Taken(_renumbered(kernel, inputs, table, places, result)),
+        )
+    keys, cached = inputs.more["index_k"], inputs.more["cached"]
+    layers = paging.POOL_LAYERS if case.layout == "pool" else 1
+    poison = paging.poison_value(cached.dtype, world.poison)
+    backing = paging.filled([pages.first + pages.count, layers, BLOCK, case.head_dim], poison, cached.dtype, device)
+    view = backing[:, layers // 2]
+    owned = torch.zeros(backing.shape, dtype=torch.bool, device=device)
+    owned[:, layers // 2][real[kept] // BLOCK, real[kept] % BLOCK] = True
+    wide = paging.filled(
+        [len(places), 2 * case.head_dim], paging.poison_value(keys.dtype, world.poison), keys.dtype, device
+    )
+    wide[:, case.head_dim :] = keys
+
+    def read(result: Any, buffers: Mapping[str, Guard]) -> Taken:
+        there = view[real // BLOCK, real % BLOCK].double()
+        return Taken({"index_keys": there.where(kept[:, None], 0.0)})
+
+    return Physical(
+        {"index_k": wide[:, case.head_dim :], "index_slot_mapping": slots},
+        lambda wanted: {"index_cache": paging.Guard("index_cache", backing, view, owned)},
+        take=read,
+    )
+
+
+def _renumbered(
+    kernel: Kernel, inputs: Inputs, block_table: Tensor, places: list[tuple[int, int]], result: Any
+) -> dict[str, Tensor]:
+    """`slots` [T] and `blocks` [R, K] as logical numbers: -2 for what stands for none of the row's own request."""
+    import torch
+
+    case = inputs.case
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise BrokenContract(f"{kernel.name} returned {type(result).__name__}, wanted slots and a block table")
+    slots = checked(kernel, "slots", result[0], (len(places),), torch.int64).tolist()
+    table = checked(kernel, "a block table", result[1], tuple(block_table.shape), torch.int32).tolist()
+    # a block holds its 128 keys, then its 128 values: page p begins at slot 256 · p, and at page id 2 · p of 128 tokens
+    owner = {(r, int(page)): b for r, n in enumerate(case.kv_lens) for b, page in enumerate(block_table[r, : blocks(n)])}
+    found = []
+    for (r, _), slot in zip(places, slots, strict=True):
+        block = owner.get((r, slot // 256), -1) if slot % 256 < BLOCK else -1
+        found.append(slot if slot < 0 else block * BLOCK + slot % 256 if block >= 0 else -2)
+    rows = [
+        [-1 if b >= blocks(n) else owner.get((r, page // 2), -2) if page % 2 == 0 else -2 for b, page in enumerate(row)]
+        for r, (n, row) in enumerate(zip(case.kv_lens, table, strict=True))
+    ]
+    return {"slots": torch.tensor(found), "blocks": torch.tensor(rows)[:, : case.block_columns]}
 
 
 def take(kernel: Kernel, result: Any, inputs: Inputs, buffers: Mapping[str, Guard]) -> Taken:
