@@ -467,13 +467,35 @@ class Result:
     heat: Heat | None = None
     """Where a comparison that failed was wrong."""
 
-    def check(self) -> None:
-        """Raise AssertionError, with the findings as its message, where the result is red."""
-        if self.status not in RED:
-            return
-        worst = [f for f in self.findings if f.status is Status.FAILED]
-        told = [f"{f.check}: {f.measured} > {f.limit} at {f.where} ({f.hint})" for f in worst] or [self.reason]
-        raise AssertionError("\n".join([f"{self.status} {self.case} [{self.provider}]", *told, self.repro]).strip())
+    def check(self, strict: bool = False) -> None:
+        """Raise Mismatch where the result is red, and unittest.SkipTest (which pytest knows) where nothing ran.
+
+        `strict` makes noted, mistrusted and inconclusive red, as `--strict` does.
+        """
+        __tracebackhide__ = True  # a failing test ends at the line that called this
+        if self.status is Status.SKIPPED:
+            import unittest
+
+            raise unittest.SkipTest(self.reason)
+        red = RED | STRICTLY_RED if strict else RED
+        if self.status in red or (strict and any(f.status in red for f in self.findings)):
+            raise Mismatch(self)
+
+
+class Mismatch(AssertionError):
+    """A red result; its message says what is wrong, how far off, where, and which line shows it again."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        worst = [f for f in result.findings if f.status is Status.FAILED]
+        worst = worst or [f for f in result.findings if f.status in STRICTLY_RED]
+        told = [f"{f.check}: {_figure(f.measured)} > {_figure(f.limit)} at {f.where} ({f.hint})" for f in worst]
+        head = f"{result.status} {result.case} [{result.provider}]"
+        super().__init__("\n".join([head, *(told or [result.reason]), result.repro]).strip())
+
+
+def _figure(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
 
 
 @dataclass(frozen=True)

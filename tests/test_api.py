@@ -34,9 +34,12 @@ def test_everything_public_is_there():
 
 
 def test_cases_are_those_of_the_tier_and_ops():
-    chosen = m3check.cases(tier="smoke", ops=("index_topk",))
+    chosen = m3check.cases(tier="smoke", op="index_topk")
     assert chosen
     assert {case.op for case in chosen} == {"index_topk"}
+    assert {case.op for case in m3check.cases("smoke", ("index_topk", "decode"))} == {"index_topk", "decode"}
+    with pytest.raises(M3CheckError, match="unknown op 'topk'; known ops: index_score"):
+        m3check.cases(op="topk")
 
 
 def test_verify_passes_a_right_kernel_and_raises_for_a_wrong_one():
