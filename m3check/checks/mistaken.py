@@ -12,10 +12,14 @@ from m3check.checks.view import View
 
 NORMED = ("q", "k", "idx_q", "idx_k")
 
+ROWS = 4
+"""Rows that a mistake must explain."""
+
 
 def likeness(view: View, name: str, stored: Stored, rows: Tensor, wrong: Tensor) -> str:
-    """The mistake that explains every wrong head of a destination; empty where none does."""
-    heads = wrong.any(-1)  # [rows, heads]
+    """The mistake that explains every wrong head in the first rows with one; empty where none does."""
+    first = wrong.flatten(1).any(-1).nonzero().flatten()[:ROWS]
+    stored, rows, heads = stored.cut(first), rows[first], wrong[first].any(-1)
     kind = {"q_codes": "q"}.get(name, name.removeprefix("cached_"))
     for words, value in _mistakes(view, kind, rows):
         bound = 4 * stored.turned.bound + 2.0**-18 * value.abs()  # of another formula, so an estimate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -84,27 +84,39 @@ class Stored:
             x = x + share * SCALING * x.abs()
         return nearest(x, self.dtype)
 
+    def cut(self, which: Tensor) -> Stored:
+        """The elements that a mask or an index over the first dimensions names."""
+        return replace(self, actual=self.actual[which], turned=Turned(self.turned.value[which], self.turned.bound[which]))
+
     def shares(self, rule: Emission) -> Tensor:
         """How much of its bound each element needs to be explained, above 1 where all of it does not do."""
-        actual = self.actual.double()
         right = self.emitted(0.0, rule)
         used = torch.zeros_like(right)
-        off = actual != right
-        if not bool(off.any()):
-            return used
-        side = torch.where(actual > right, 1.0, -1.0)
-        far = self.emitted(side, rule)
-        reached = off & torch.where(side > 0, actual <= far, actual >= far)
-        low, high = torch.zeros_like(right), torch.ones_like(right)
+        off = self.actual.double() != right
+        if bool(off.any()):
+            used[off] = self.cut(off)._needed(right[off], rule)
+        return used
+
+    def _needed(self, right: Tensor, rule: Emission) -> Tensor:
+        """Likewise, of elements [n] that are not `right`."""
+        actual = self.actual.double()
+        side = 2.0 * (actual > right).double() - 1.0
+        reached = (actual - self.emitted(side, rule)) * side <= 0
+        scale = self.scale
+        room = self.turned.bound / scale + half_ulp(self.turned.value / scale, self.dtype)
+        used = ((actual - self.turned.value / scale).abs() / room).nan_to_num(nan=LOST, posinf=LOST).clamp(1.001, LOST)
+        if bool(reached.any()):
+            used[reached] = self.cut(reached)._least(side[reached], rule)
+        return used
+
+    def _least(self, side: Tensor, rule: Emission) -> Tensor:
+        """The least share that explains elements which the whole bound explains."""
+        low, high = torch.zeros_like(side), torch.ones_like(side)
         for _ in range(12):
             middle = (low + high) / 2
-            there = self.emitted(side * middle, rule)
-            enough = torch.where(side > 0, there >= actual, there <= actual)
+            enough = (self.actual.double() - self.emitted(side * middle, rule)) * side <= 0
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        used = torch.where(reached, high, used)
-        room = self.turned.bound / self.scale + half_ulp(self.turned.value / self.scale, self.dtype)
-        beyond = ((actual - self.turned.value / self.scale).abs() / room).nan_to_num(nan=LOST, posinf=LOST).clamp(min=1.001)
-        return torch.where(off & ~reached, beyond.clamp(max=LOST), used)
+        return high
 
 
 LOST = 1e9

@@ -155,10 +155,13 @@ def physical(inputs: Inputs, world: World) -> Physical:
 
 
 def _rows(inputs: Inputs, case: Case, world: World) -> Cells:
-    """qkv [T, heads · D]; heads that the layer leaves alone hold poison, and all that are not rewritten are watched."""
+    """qkv [T, heads · D]; all heads that are not rewritten are watched.
+
+    Those of an index branch that is left alone hold a number where other memory holds NaN, which would hide their norm.
+    """
     dtype, columns = inputs.more["x_q"].dtype, parts(case)
     tokens, heads = case.total_queries, sum(widths(case).values())
-    poison = paging.poison_value(dtype, world.poison)
+    poison = paging.poison_value(dtype, "garbage" if world.poison == "nan" else "nan")
     backing = paging.filled([tokens * heads * case.head_dim + 2 * paging.MARGIN], poison, dtype, inputs.device)
     view = backing[paging.MARGIN : -paging.MARGIN].view(tokens, heads, case.head_dim)
     mine = torch.zeros(view.shape, dtype=torch.bool, device=inputs.device)
