@@ -212,7 +212,7 @@ def take(case: Case, buffers: Mapping[str, Any]) -> Taken:
     columns = parts(case)
 
     def heads(name: str) -> Tensor:
-        rows = buffers[name].view
+        rows: Tensor = buffers[name].view
         return rows.view(len(rows), rows.shape[1] // case.head_dim, case.head_dim)
 
     for name in rewritten(case):
