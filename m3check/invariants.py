@@ -134,6 +134,8 @@ INDEX = frozenset({"index_score", "index_decode_score", "index_decode"})
 SELECT = frozenset({"index_topk", "index_decode"})
 LISTED = frozenset({"mla_sparse"})
 """Attention to listed tokens: the list is an input, whatever it names, so nothing is known of the future."""
+LOGITS = frozenset({"mqa_logits", "paged_mqa_logits"})
+PAGED = frozenset({"paged_mqa_logits"})
 ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"}) | LISTED
 CHAINS = frozenset({"prefill", "decode"})
 MIXED = frozenset({"indexer"})
@@ -147,12 +149,12 @@ DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
 
 INVARIANTS: tuple[Invariant, ...] = (
-    Invariant("poison", EVERY | MIXED | INSERT, _tails, "bytes that no live token owns, whatever they hold",
+    Invariant("poison", EVERY | MIXED | INSERT | PAGED, _tails, "bytes that no live token owns, whatever they hold",
               "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
               {"poison": "garbage"}),
-    Invariant("pages", CACHED | CHAINS | MIXED | INSERT, _pages, "page ids of an earlier call; arithmetic on page ids",
+    Invariant("pages", CACHED | CHAINS | MIXED | INSERT | PAGED, _pages, "page ids of an earlier call; arithmetic on them",
               "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
-    Invariant("strides", EVERY | MIXED | INSERT, _caches, "strides that are assumed, of dimensions of size 1 too",
+    Invariant("strides", EVERY | MIXED | INSERT | LOGITS, _caches, "strides that are assumed, of dimensions of size 1 too",
               "column strides of block tables, which are 1 everywhere", "memory.physical",
               {"layout": "other", "odd_strides": True}),
     Invariant("far_pages", (CACHED - LISTED) | INSERT, _live_rows, "32-bit products of page id and stride",
@@ -161,27 +163,27 @@ INVARIANTS: tuple[Invariant, ...] = (
               "offsets into other tensors", "memory.far_slots", tiers=frozenset({"ci", "full"})),
     Invariant("far_rows", SINGLE, _rows, "32-bit products of query token and stride, in queries, ids, scores and outputs",
               "offsets of heads", "memory.far_rows"),
-    Invariant("room", INDEX | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, max_decode_query_len, "
-              "table width) that enter the result", "limits that are too small", "memory.room"),
+    Invariant("room", INDEX | PAGED | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, "
+              "max_decode_query_len, table width) that enter the result", "limits that are too small", "memory.room"),
     Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million tokens "
               "gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
-    Invariant("own_buffers", SELECT | LISTED | {"index_decode_score"}, _live_rows, "a result that is wrong where the kernel "
+    Invariant("own_buffers", SELECT | LISTED | {"index_decode_score"}, _live_rows, "a result that is wrong where a kernel "
               "itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
     Invariant("apart", SINGLE, _live_rows, "strides of channels, ids and score columns, which are 1 elsewhere",
               "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
-    Invariant("future", (CACHED | CHAINS) - LISTED, _draft, "a token after the query's position enters the result",
+    Invariant("future", (CACHED | CHAINS | LOGITS) - LISTED, _draft, "a token after the query's position enters the result",
               "tokens whose weight underflows", "content.future"),
-    Invariant("neighbours", SINGLE | INSERT, _several, "another request's tokens or queries enter the result",
+    Invariant("neighbours", SINGLE | INSERT | LOGITS, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
-    Invariant("batch_order", SINGLE | INSERT, _unlike, "state carried from one request to the next; fixed places in a "
-              "batch", "one order in which all is right", "batch.order"),
+    Invariant("batch_order", SINGLE | INSERT | LOGITS, _unlike, "state carried from one request to the next; fixed places "
+              "in a batch", "one order in which all is right", "batch.order"),
     Invariant("head_order", SINGLE - LISTED | INSERT, _heads, "heads that are treated by their place",
               "gqa lanes within a KV head", "batch.heads"),
-    Invariant("alone", EVERY | INSERT, _several, "results that depend on the company of other requests", "batches of one",
+    Invariant("alone", EVERY | INSERT | LOGITS, _several, "results that depend on the other requests", "batches of one",
               "batch.alone"),
-    Invariant("padded", DECODE, _live_rows, "padded rows (length 0) that change the rows of others",
+    Invariant("padded", DECODE | PAGED, _live_rows, "padded rows (length 0) that change the rows of others",
               "what stands in the padded rows", "batch.padded"),
-    Invariant("empty", SINGLE | INSERT, _always, "a batch without any query: a division by zero, a result of another shape",
+    Invariant("empty", SINGLE | INSERT | LOGITS, _always, "a batch without any query: a division by zero, another shape",
               "batches with a query", "batch.empty", evidence=INTERPRETED),
     Invariant("chunked", PREFILL, _draft, "a prefix taken for queries; chunk boundaries inside a block",
               "boundaries at other places", "routes.chunked", calls=2),
@@ -201,7 +203,7 @@ INVARIANTS: tuple[Invariant, ...] = (
               "steps.other", calls=2),
     Invariant("stale", MIXED, _uniform, "lengths that metadata copy, or read on the host: a captured graph keeps them",
               "what `build` itself computes for another batch", "steps.stale"),
-    Invariant("repeat", EVERY | MIXED | INSERT, _always, "state between calls; on a device, races",
+    Invariant("repeat", EVERY | MIXED | INSERT | LOGITS, _always, "state between calls; on a device, races",
               "a race that never shows", "state.sequence"),
     Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,

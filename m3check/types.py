@@ -98,6 +98,8 @@ OPS: Mapping[str, Op] = {
             ("index_score", "index_topk", "sparse_attn"),
         ),
         Op("decode", "decode", ("ids", "out"), "score and select, attend", ("index_decode", "sparse_attn_decode")),
+        Op("mqa_logits", "prefill", ("logits",), "fp8 indexer logits: Σ weight · relu(q·k) over heads", family="logits"),
+        Op("paged_mqa_logits", "decode", ("logits",), "the same out of pages of keys, then scales", family="logits"),
         Op("mla_sparse", "prefill", ("out", "lse"), "attention to listed tokens of a latent cache", family="latent"),
         Op(
             "sparse_pa_table",

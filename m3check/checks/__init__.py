@@ -17,6 +17,7 @@ from m3check.checks import (
     finite,
     inserted,
     integrity,
+    logits,
     logsumexp,
     mixed,
     pages,
@@ -93,6 +94,10 @@ CHECKS: tuple[Check, ...] = (
           pages.check_exact("blocks")),
     Check("counter", "counter", "counters that a launch leaves behind for the next", "the count itself",
           pages.check_counter),
+    Check("logits", "logits", "a key, head, weight or scale wrong or lost; relu; rows exchanged; precision",
+          "errors below the rounding of the accumulator", logits.check_values),
+    Check("outside", "logits", "a window off by one; cells left unwritten, which a top-k would take", "visible cells",
+          logits.check_outside),
     Check("lse", "lse", "base of the logsumexp, a part lost in it, dead rows that weigh something", "errors below the "
           "rounding of weights", logsumexp.check_lse),
     Check("turned", "k", "norm and rotation of queries, keys and index heads: weight, eps, halves, position, head, dtype",

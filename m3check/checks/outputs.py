@@ -52,6 +52,7 @@ OUTPUTS: Mapping[str, Output] = {
     "cached_k": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_v": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_idx_k": Output(0, _every, "channel {2}"),
+    "logits": Output(0, _every, "token {1}", float("-inf")),
     "lse": Output(0, _weighed, "query head {1}"),
     "out": Output(0, _attended, "query head {1}, channel {2}"),
     "pages": Output(0, _every, "cell {1}"),

@@ -28,6 +28,8 @@ class Named:
     """From the function to one with the op's keywords."""
     refusal: Callable[[Case], str | None]
     """Why it cannot run a case, as the end of a sentence that begins with its name; None where it can."""
+    vendor: str = ""
+    """Whose compiler its launch options are for; empty where they are anybody's."""
     profile: Profile = field(default_factory=lambda: Profile(partials="fp32"))
 
 
@@ -90,7 +92,7 @@ NAMED: tuple[Named, ...] = (
     Named("triton_mla_sparse_attention", "mla_sparse", _plain, _latent),
     Named("triton_bf16_mla_sparse_interface", "mla_sparse", _xpu, _latent),
     Named("fp8_mqa_logits_triton", "mqa_logits", _paired, _e4m3fn),
-    Named("fp8_mqa_logits_gfx942", "mqa_logits", _flat, _powers),
+    Named("fp8_mqa_logits_gfx942", "mqa_logits", _flat, _powers, "amd"),
     Named("fp8_paged_mqa_logits_triton", "paged_mqa_logits", _paged, _e4m3fn),
 )
 """In the order in which they are looked for."""

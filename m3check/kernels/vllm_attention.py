@@ -74,6 +74,8 @@ def refusal(spec: Spec, main: Source, case: Case, arch: Arch, evidence: Evidence
     if case.op not in ops:
         return _lacks(held, case.op)
     function, _ = ops[case.op]
+    if function.vendor not in ("", arch.vendor) and evidence != "interpreted":
+        return f"{function.name} is launched with options of {function.vendor}'s compiler, not for {arch.name}"
     sentence = function.refusal(case)
     return f"{function.name} {sentence}" if sentence else cannot_compile(case, arch, evidence)
 

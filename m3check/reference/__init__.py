@@ -20,6 +20,7 @@ from m3check.reference.index_score import index_score
 from m3check.reference.index_topk import index_topk
 from m3check.reference.indexer import indexer
 from m3check.reference.mla_sparse import mla_sparse
+from m3check.reference.mqa_logits import mqa_logits
 from m3check.reference.page16 import index_insert, page16_rebase
 from m3check.reference.qknorm_rope_insert import qknorm_rope_insert
 from m3check.reference.sparse_attn import sparse_attn
@@ -38,6 +39,7 @@ __all__ = [
     "index_topk",
     "indexer",
     "mla_sparse",
+    "mqa_logits",
     "prefill",
     "qknorm_rope_insert",
     "sparse_attn",
@@ -68,6 +70,8 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
     "index_insert": (index_insert, "index_k cached", "index_keys"),
     "page16_rebase": (page16_rebase, "requests", "slots blocks"),
     "index_topk_cp": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
+    "mqa_logits": (mqa_logits, "idx_q idx_k key_scale weights requests dtype", "logits"),
+    "paged_mqa_logits": (mqa_logits, "idx_q idx_k key_scale weights requests dtype", "logits"),
     "mla_sparse": (mla_sparse, "q k topk_idx requests sm_scale dtype", "out lse"),
     "qknorm_rope_insert": (
         qknorm_rope_insert,

@@ -14,7 +14,7 @@ from m3check.checks.outputs import OUTPUTS
 from m3check.paging import Run, words
 from m3check.types import Inputs, Request, blocks
 
-BY_TOKEN = frozenset({"x_q", "x_k", "x_v", "x_idx_q", "x_idx_k", "positions", "kept"})
+BY_TOKEN = frozenset({"x_q", "x_k", "x_v", "x_idx_q", "x_idx_k", "positions", "kept", "weights"})
 """What of `Inputs.more` has an entry for each query token."""
 
 
@@ -60,6 +60,7 @@ def assembled(inputs: Inputs, parts: Sequence[Part], **fields: Any) -> tuple[Inp
         return tensor if tensor is None or not tensor.dim() else tensor[tokens]
 
     scores, ids = inputs.scores, inputs.topk_idx
+    which = dict.fromkeys(BY_TOKEN, rows) | {"key_scale": tokens}
     made = replace(
         inputs,
         case=case,
@@ -72,7 +73,7 @@ def assembled(inputs: Inputs, parts: Sequence[Part], **fields: Any) -> tuple[Inp
         k_scale=scale(inputs.k_scale),
         v_scale=scale(inputs.v_scale),
         topk_idx=None if ids is None else ids[:, rows],
-        more={name: tensor[rows] if name in BY_TOKEN else tensor for name, tensor in inputs.more.items()},
+        more={name: tensor[which[name]] if name in which else tensor for name, tensor in inputs.more.items()},
     )
     return made, rows
 

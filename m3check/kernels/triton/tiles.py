@@ -77,6 +77,11 @@ def head_tile() -> int:
     return 256 if interpreted() else 16
 
 
+def logit_keys() -> int:
+    """Keys of one tile of indexer logits, which all heads share."""
+    return 512 if interpreted() else 64
+
+
 def latent_heads(heads: int) -> int:
     """Query heads of one program of latent attention; all of them read the same keys."""
     return max(16, min(power_of_two(heads), 128)) if interpreted() else 16
@@ -128,6 +133,7 @@ CHOICES = (
             attention_keys=lambda dtype: 32,
             latent_heads=lambda heads: 16,
             latent_keys=lambda dtype: 16,
+            logit_keys=lambda: 32,
             selection=lambda columns, rows: (2, 16),
             head_tile=lambda: 4,
         ),
