@@ -40,7 +40,13 @@ class Family:
     """Words of `ids` that the family has beside those of cases/selections.py."""
 
 
-MODULES: Mapping[str, str] = {"latent": "latent", "logits": "logits", "indexer": "indexer", "amd": "amd", "insert": "insert"}
+MODULES: Mapping[str, str] = {
+    "latent": "latent",
+    "logits": "logits",
+    "indexer": "indexer",
+    "amd": "amd",
+    "insert": "insert",
+}
 """family: the file in this folder that defines FAMILY."""
 
 

@@ -10,7 +10,13 @@ from m3check.types import OPS
 
 __all__ = ["FAMILIES", "BrokenContract", "Calls", "of"]
 
-FAMILIES: Mapping[str, Calls] = {"sparse": sparse.CALLS, "latent": latent.CALLS, "logits": logits.CALLS, "amd": amd.CALLS, "insert": insert.CALLS}
+FAMILIES: Mapping[str, Calls] = {
+    "sparse": sparse.CALLS,
+    "latent": latent.CALLS,
+    "logits": logits.CALLS,
+    "amd": amd.CALLS,
+    "insert": insert.CALLS,
+}
 
 
 def of(op: str) -> Calls:
