@@ -19,7 +19,7 @@ from pathlib import Path
 from m3check.arch import Arch
 from m3check.kernels.locate import Source, locate
 from m3check.kernels.project import SGLANG
-from m3check.kernels.provider import Loaded, Spec, cannot_compile, with_chains
+from m3check.kernels.provider import Loaded, Spec, cannot_compile, index_dtypes, with_chains
 from m3check.types import DTYPES, OPS, Case, Evidence, Kernel, M3CheckError, Profile
 
 FILES: Mapping[str, tuple[str, str]] = {  # op: the file and the wrapper that compute it
@@ -207,10 +207,7 @@ def _dtypes(found: Reading, op: str, case: Case) -> str | None:
     """Queries and cache of dtypes that a wrapper refuses."""
     name = FILES[op][1]
     index = op.startswith("index")
-    queries, cache = case.dtype, case.cache_dtype
-    if index and OPS[case.op].chain:
-        cache = case.index_cache_dtype
-        queries = cache if cache.startswith("fp8") else queries
+    queries, cache = index_dtypes(case) if index else (case.dtype, case.cache_dtype)
     plain = ("bf16", "fp16")
     if queries.startswith("fp8"):
         if not index:
