@@ -219,7 +219,7 @@ def _table(kernel: Kernel, inputs: Inputs, block_table: Tensor, stride: int, res
 _SHARED = {name: told for name, told in sparse.PARAMETERS.items() if any(name in names for names, _ in SIGNATURES.values())}
 
 CALLS = Calls(
-    parameters=_SHARED | PARAMETERS,
+    parameters={**_SHARED, **PARAMETERS},
     signatures=SIGNATURES,
     letters="H index heads = KV heads, T query tokens, R requests, K block columns, D head_dim",
     physical=physical,
