@@ -1,6 +1,6 @@
 """MSA's plan and CSR as data: by hand, wrong ones told by their field, and against MSA's own Python where that is.
 
-`M3CHECK_MSA=PATH pytest tests/test_msa_data.py` compares with the fmha_sm100 in a folder: a checkout of MSA, or what a
+`MSA_FOLDER=PATH pytest tests/test_msa_data.py` compares with the fmha_sm100 in a folder: a checkout of MSA, or what a
 wheel of vLLM holds in vllm/third_party. It needs no GPU: the host's part of the planner runs, and CSR's torch reference.
 """
 
@@ -129,7 +129,7 @@ def test_a_wrong_csr_is_told_by_its_place():
 @pytest.fixture(scope="module")
 def msa():
     """The folder of fmha_sm100's files: named, or in an installed vLLM."""
-    named = os.environ.get("M3CHECK_MSA", "")
+    named = os.environ.get("MSA_FOLDER", "")
     try:
         found = locate(Spec("fmha_sm100", "fmha_sm100", path=named))
     except M3CheckError as error:
