@@ -203,7 +203,7 @@ INVARIANTS: tuple[Invariant, ...] = (
               "steps.other", calls=2),
     Invariant("stale", MIXED, _uniform, "lengths that metadata copy, or read on the host: a captured graph keeps them",
               "what `build` itself computes for another batch", "steps.stale"),
-    Invariant("repeat", EVERY | MIXED | INSERT | LOGITS, _always, "state between calls; on a device, races",
+    Invariant("repeat", EVERY | INSERT | LOGITS, _always, "state between calls; on a device, races",
               "a race that never shows", "state.sequence"),
     Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
