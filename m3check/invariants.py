@@ -57,6 +57,11 @@ def _caches(case: Case) -> bool:
     return case.layer != "dense"
 
 
+def _stored(case: Case) -> bool:
+    """A token of ordinary size in both caches."""
+    return case.layer == "sparse" and case.fill == "gauss" and case.ids != "skip_all" and case.total_queries > 2
+
+
 def _tails(case: Case) -> bool:
     return _caches(case) and any(n % BLOCK for n in case.kv_lens)
 
@@ -191,6 +196,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "routes.verify"),
     Invariant("same_as_prefill", frozenset({"index_decode_score", "sparse_attn_decode", "decode"}), _live_rows,
               "decode that answers another question than prefill", "a mistake that both share", "routes.prefill"),
+    Invariant("readers", INSERT, _stored, "a reader that multiplies what was stored, told no scale or a scale of 1",
+              "scales that a layer loads for its readers", "readers.scale", calls=5),
     Invariant("other_scale", ATTEND, _live_rows, "sm_scale kept from an earlier call", "a first call", "state.sequence",
               calls=2),
     Invariant("other_topk", SELECT, _more_blocks, "topk kept from an earlier call", "a first call", "state.sequence",

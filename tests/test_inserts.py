@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 import torch_insert as steps
+import torch_kernels as right
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from m3check import arch, cases, checks, interpret, paging, reference  # noqa: E402
+from m3check import arch, cases, checks, interpret, paging, reference, runner  # noqa: E402
 from m3check.cases.families import insert as family  # noqa: E402
 from m3check.checks.inserted import expected as bounded  # noqa: E402
 from m3check.checks.turning import Stored, Turned, nearest  # noqa: E402
 from m3check.checks.view import View  # noqa: E402
 from m3check.kernels import contract, vllm_insert  # noqa: E402
-from m3check.types import OPS, Kernel, M3CheckError, Profile, Status  # noqa: E402
+from m3check.kernels.provider import Loaded, Spec  # noqa: E402
+from m3check.types import OPS, Kernel, M3CheckError, PlanLine, Profile, Status  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     interpret.install()
@@ -354,6 +356,35 @@ def test_nothing_written_is_red_everywhere():
     found = checks.compare(problem, run, expected, checks.Setting(profile=Profile(), evidence="interpreted"))
     red = {f.check for f in found if f.status is Status.FAILED}
     assert {"turned", "inserted"} <= red
+
+
+# ---- readers
+
+
+def read_by(**readers):
+    """The readers of a stored cache, by name of their op, on a right insert."""
+    made = {op: Kernel("user", op, op, PLAIN, function) for op, function in {**right.RIGHT, **readers}.items()}
+    made[OP] = Kernel("user", OP, OP, PLAIN, steps.kernel())
+    session = runner.Session(arch.find_arch("sm90"), "interpreted", "cpu", Loaded(Spec("user", "user"), made))
+    result = runner.run_one(cases.parse_id(FP8), session, PlanLine(FP8, OP, "user", "interpreted", None, ("readers",)), "")
+    return {finding.check: finding for finding in result.findings}["readers"]
+
+
+def test_a_reader_that_multiplies_what_was_stored_is_red():
+    """By a scale of its own where it is given none, or not by 1."""
+
+    def scaled(
+        q, kv_cache, topk_idx, block_table, seq_lens, sm_scale, output, decode_query_len, k_scale=None, v_scale=None
+    ):
+        right.sparse_attn_decode(
+            q, kv_cache, topk_idx, block_table, seq_lens, sm_scale, output, decode_query_len, k_scale, v_scale
+        )
+        output.mul_(1.25)
+
+    assert read_by().status is Status.PASSED
+    found = read_by(sparse_attn_decode=loud)
+    assert found.status is Status.FAILED
+    assert "sparse_attn_decode read what was inserted" in found.hint
 
 
 # ---- the bound
