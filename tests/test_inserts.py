@@ -373,12 +373,9 @@ def read_by(**readers):
 def test_a_reader_that_multiplies_what_was_stored_is_red():
     """By a scale of its own where it is given none, or not by 1."""
 
-    def scaled(
-        q, kv_cache, topk_idx, block_table, seq_lens, sm_scale, output, decode_query_len, k_scale=None, v_scale=None
-    ):
-        right.sparse_attn_decode(
-            q, kv_cache, topk_idx, block_table, seq_lens, sm_scale, output, decode_query_len, k_scale, v_scale
-        )
+    def loud(q, kv_cache, topk_idx, block_table, seq_lens, sm_scale, output, decode_query_len, k_scale=None, v_scale=None):
+        scales = k_scale, v_scale
+        right.sparse_attn_decode(q, kv_cache, topk_idx, block_table, seq_lens, sm_scale, output, decode_query_len, *scales)
         output.mul_(1.25)
 
     assert read_by().status is Status.PASSED
