@@ -10,6 +10,7 @@ from m3check.kernels.triton import tiles
 from m3check.kernels.triton.dequantise import codes
 from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.quantise import encoded
+from m3check.types import BLOCK
 
 __all__ = ["PROFILE", "qknorm_rope_insert"]
 
@@ -57,8 +58,8 @@ def turned(
 def put(at, low, high, here, y_low, y_high, FORM: tl.constexpr):
     """Store both halves of some rows, rounded once: as numbers of the memory's dtype, or as fp8 codes."""
     if FORM == "plain":
-        tl.store(at + low, y_low.to(at.dtype.element_ty), mask=here)
-        tl.store(at + high, y_high.to(at.dtype.element_ty), mask=here)
+        tl.store(at + low, y_low, mask=here)
+        tl.store(at + high, y_high, mask=here)
     else:
         tl.store(at + low, encoded(y_low, FORM), mask=here)
         tl.store(at + high, encoded(y_high, FORM), mask=here)
@@ -200,7 +201,7 @@ def qknorm_rope_insert(
         cache, *(cache.stride()[:3] if cached else (0, 0, 0)), slots,
         index, *(index.stride()[:2] if index_cache is not None else (0, 0)),
         slots if index_slot_mapping is None else index_slot_mapping,
-        num_heads, num_kv_heads, index_heads, dim, rotary_dim, kv_cache.shape[2] if kv_cache is not None else 1,
+        num_heads, num_kv_heads, index_heads, dim, rotary_dim, BLOCK,
         rows, queries, cached, q_form, iq_form, c_form, i_form,
         num_warps=4,
     )  # fmt: skip
