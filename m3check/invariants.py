@@ -16,7 +16,7 @@ from m3check.types import BLOCK, SPARSE, Case, Evidence
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
 
-PROMISES = frozenset({"far_rows", "apart", "empty"})
+PROMISES = frozenset({"far_rows", "far_slots", "apart", "empty"})
 """Invariants that a kernel need not hold unless its `Profile.bitwise` names them: a finding is noted otherwise."""
 
 LONG = 30.0

@@ -368,6 +368,7 @@ class Profile:
     """Dtype of split-K partial outputs; `query` adds a rounding for each split."""
     bitwise: frozenset[str] = frozenset()
     """Further promises: `repeat` (the same bits twice), `far_rows` (query tokens whose offset passes 2^31 elements),
+    `far_slots` (listed slots of a latent cache likewise),
     `graph` (a CUDA graph can capture the kernel), `apart` (channels, ids and score columns of any stride), `empty` (a batch
     without queries gives an empty result)."""
 

@@ -111,11 +111,16 @@ def gathered(view: View) -> Iterator[tuple[Tensor, Tensor, Pairs]]:
         values = values / unit
         keys = k[source, head[:, None]].float().masked_fill_(~there[..., None], 0)
         grouped = q[row].unflatten(1, (-1, group))[torch.arange(len(row), device=row.device), head].float()
-        sizes = values.abs(), values.square()
         listing = view.span == 1
         tile = SMALLEST if listing else SUBTILE
-        seen = (attended, there, token, integers)
-        yield row, head, Pairs(grouped, keys, values, *sizes, unit.double(), *seen, subtile=tile, listed=listing)
+        size_of, square_of = values.abs(), values.square()
+        yield (
+            row,
+            head,
+            Pairs(
+                grouped, keys, values, size_of, square_of, unit.double(), attended, there, token, integers, tile, listing
+            ),
+        )
         start = stop
 
 

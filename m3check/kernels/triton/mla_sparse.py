@@ -15,7 +15,7 @@ from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.sparse_attn_decode import merge_kernel
 from m3check.types import ROPE
 
-__all__ = ["PROFILE", "mla_sparse", "warm_up"]
+__all__ = ["PROFILE", "mla_sparse"]
 
 LN2 = tl.constexpr(math.log(2))
 
@@ -136,15 +136,3 @@ def mla_sparse(
         )
         merge_lse_kernel[(triton.cdiv(rows, 64),)](tops, totals, rows, lse, *lse.stride(), heads, parts, 64, num_warps=1)
     return out, lse
-
-
-def warm_up(heads: int, d_v: int, topk: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile every variant that calls with these figures can need, whatever their numbers of tokens and of cache rows."""
-    groups = triton.cdiv(heads, tiles.latent_heads(heads))
-    kv = torch.zeros(16, 1, d_v + ROPE, dtype=dtype, device=device)
-    parts = max(1, topk // tiles.latent_keys(dtype))
-    while parts:
-        tokens = max(1, tiles.WAVE // (tiles.power_of_two(parts) * groups))
-        q = torch.zeros(tokens, heads, d_v + ROPE, dtype=dtype, device=device)
-        mla_sparse(q, kv, torch.zeros(tokens, 1, topk, dtype=torch.int32, device=device), 1.0, d_v)
-        parts //= 2

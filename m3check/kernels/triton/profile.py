@@ -13,5 +13,5 @@ PROFILE = Profile(
     normaliser="sum",
     dequantise="rounded",
     partials="fp32",
-    bitwise=frozenset({"repeat", "far_rows", "graph", "apart", "empty"}),
+    bitwise=frozenset({"repeat", "far_rows", "far_slots", "graph", "apart", "empty"}),
 )
