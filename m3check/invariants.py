@@ -145,6 +145,7 @@ ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"}) | LISTED
 CHAINS = frozenset({"prefill", "decode"})
 MIXED = frozenset({"indexer"})
 INSERT = frozenset({"qknorm_rope_insert"})
+TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode", "index_insert"})
 CACHED = INDEX | ATTEND
 SINGLE = CACHED | {"index_topk"}
 EVERY = SINGLE | CHAINS
@@ -157,7 +158,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("poison", EVERY | MIXED | INSERT | PAGED, _tails, "bytes that no live token owns, whatever they hold",
               "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
               {"poison": "garbage"}),
-    Invariant("pages", CACHED | CHAINS | MIXED | INSERT | PAGED, _pages, "page ids of an earlier call; arithmetic on them",
+    Invariant("pages", CACHED | CHAINS | MIXED | INSERT | PAGED | TABLES, _pages, "page ids kept; arithmetic on them",
               "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
     Invariant("strides", EVERY | MIXED | INSERT | LOGITS, _caches, "strides that are assumed, of dimensions of size 1 too",
               "column strides of block tables, which are 1 everywhere", "memory.physical",
@@ -210,7 +211,7 @@ INVARIANTS: tuple[Invariant, ...] = (
               "steps.other", calls=2),
     Invariant("stale", MIXED, _uniform, "lengths that metadata copy, or read on the host: a captured graph keeps them",
               "what `build` itself computes for another batch", "steps.stale"),
-    Invariant("repeat", EVERY | INSERT | LOGITS, _always, "state between calls; on a device, races",
+    Invariant("repeat", EVERY | INSERT | LOGITS | TABLES, _always, "state between calls; on a device, races",
               "a race that never shows", "state.sequence"),
     Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,

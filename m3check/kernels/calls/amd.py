@@ -80,7 +80,7 @@ def physical(
     if op in ("sparse_pa_table", "sparse_pa_table_decode"):
         assert inputs.topk_idx is not None
         arguments |= {
-            "topk_idx": inputs.topk_idx.clone(),
+            "topk_idx": paging.apart(inputs.topk_idx) if stride == 16 else inputs.topk_idx.clone(),
             "block_table": pages.table,
             "seq_lens": paging.lengths(case.kv_lens, device),
             "decode_query_len": max(case.query_lens, default=1),

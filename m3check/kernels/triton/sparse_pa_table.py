@@ -28,12 +28,13 @@ def sparse_pa_table_kernel(
         position = tl.load(positions + row)
     slot = tl.arange(0, SLOTS)
     block = tl.load(ids + row.to(tl.int64) * stride_it + slot * stride_ik, mask=slot < TOPK, other=-1)
-    own = position // 128  # of a dead row: whatever, it sees nothing
-    earlier = (block >= 0) & (block < own) & (position >= 0)
+    own = position // 128  # at most 0 in a dead row, which sees nothing
+    earlier = (block >= 0) & (block < own)
     mine = (block == own) & (position >= 0)
     walked = earlier | mine
-    place = tl.where(mine, tl.sum(earlier.to(tl.int32)), tl.cumsum(earlier.to(tl.int32)) - 1)
-    page = tl.load(block_table + request.to(tl.int64) * stride_br + tl.where(walked, block, 0), mask=walked, other=0)
+    before = earlier.to(tl.int32)
+    place = tl.where(mine, tl.sum(before), tl.cumsum(before) - 1)
+    page = tl.load(block_table + request.to(tl.int64) * stride_br + block, mask=walked, other=0)
     part = tl.arange(0, 8)
     line = pages + row.to(tl.int64) * stride_pt
     tl.store(line + place[:, None] * 8 + part[None, :], (page * page_stride)[:, None] + part[None, :], mask=walked[:, None])
@@ -41,7 +42,7 @@ def sparse_pa_table_kernel(
     used = tl.sum(walked.to(tl.int32)) * 8
     tl.store(line + cell, tl.zeros_like(cell), mask=(cell >= used) & (cell < TOPK * 8))
     seen = tl.where(tl.sum(mine.to(tl.int32)) > 0, position % 128 + 1, 0)
-    tl.store(context + row, tl.sum(earlier.to(tl.int32)) * 128 + seen)
+    tl.store(context + row, tl.sum(before) * 128 + seen)
 
 
 def launch(
