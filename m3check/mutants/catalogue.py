@@ -20,6 +20,7 @@ SCORING = ("index_score", "index_decode_score", "index_decode")
 DECODE_SCORING = ("index_decode_score", "index_decode")
 SELECTING = ("index_topk", "index_decode")
 ATTENDING = ("sparse_attn", "sparse_attn_decode")
+INSERTING = ("qknorm_rope_insert",)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,9 @@ ROWS: tuple[Row, ...] = (
         Wrap("the largest score of any head", ("index_score",), w.after(w.shared_over_heads)),
         Wrap("the first head's ids", SELECTING, w.after(w.shared_over_heads)),
     )),
-    Row("S8", "index-head norm over all heads", "elsewhere", reason="the norm comes before these ops: index queries are "
-        "their input"),
+    Row("S8", "index-head norm over all heads", "interpreted", (
+        Wrap("one norm for all index heads", INSERTING, w.normed_over_all_heads),
+    )),
     Row("S9", "index queries rounded twice; cache of layer 0", "interpreted", (
         Wrap("queries through e4m3", SCORING, w.given(idx_q=w.rounded_twice)),
         Wrap("index cache of layer 0", SCORING, w.given(index_kv_cache=w.first_layer("index_kv_cache"))),
@@ -231,9 +233,12 @@ ROWS: tuple[Row, ...] = (
             ("sparse_attn_decode.py", "    if parts > 1:\n        tile", "    if split:\n        tile"),
         )),
     ), "in the order in which the interpreter runs the programs the result is right: only the race can show"),
-    Row("I1", "slot -1 written below the cache", "elsewhere", reason="cache insertion is not one of these ops"),
-    Row("I2", "index keys of the last page lost, or written in another dtype", "elsewhere",
-        reason="cache insertion is not one of these ops"),
+    Row("I1", "slot -1 written below the cache", "interpreted", (
+        Wrap("the key of a token without a slot", INSERTING, w.below_the_cache),
+    )),
+    Row("I2", "index keys of the last page lost, or written in another dtype", "interpreted", (
+        Wrap("index keys of the last page", INSERTING, w.given(index_slot_mapping=w.last_page_lost)),
+    )),
     Row("W1", "lengths frozen at capture", "interpreted", (
         Wrap("lengths of the shape's first call", (*DECODE_SCORING, "sparse_attn_decode"), w.first_lengths, fresh=True),
     ), "here as lengths kept from an earlier call of the same shapes; a captured graph itself needs a device"),
