@@ -39,9 +39,9 @@ def drawn(op: str, count: int) -> list[Case]:
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_every_case_makes_sense_and_is_affordable(op):
-    found = drawn(op, 12)
+    found = drawn(op, 6)
 
-    assert len(set(found)) > 6
+    assert len(set(found)) > 3
     for case in found:
         assert cases.complaint(case) is None
         assert cases.parse_id(cases.case_id(case)) == case
@@ -65,7 +65,7 @@ def test_what_a_tier_varies_is_varied():
 def searched(attempt, number=4, rounds=1, op="index_topk", **more) -> Search:
     search = Search(op, "interpreted", number, **more)
     for _ in range(rounds):
-        search.round(fuzz.ROUND, attempt)
+        search.round(25, attempt)
     return search
 
 
@@ -131,16 +131,16 @@ def long_or_many(example: Example) -> Result:
 def test_the_same_seed_gives_the_same_cases():
     first, again, other = (Search("index_topk", "interpreted", number) for number in (4, 4, 5))
     for search in (first, again, other):
-        search.round(9, seven_of_three)
+        search.round(9, answer)
 
+    assert len(first.seen) > 5
     assert list(first.seen) == list(again.seen)
-    assert first.found == again.found != {}
     assert list(first.seen) != list(other.seen)
 
 
 def test_different_failures_are_told_apart_and_one_hides_no_other():
     search = Search("index_topk", "interpreted", 1)
-    told = [result.case for _ in range(3) for result in search.round(fuzz.ROUND, long_or_many)]
+    told = [result.case for _ in range(3) for result in search.round(25, long_or_many)]
     assert set(search.found) == {"selection", "ids"}
     assert sorted(told) == sorted(result.case for result in search.found.values()), "each is told once"
     assert cases.parse_id(search.found["selection"].case).topk == 31
@@ -159,11 +159,11 @@ def test_a_crash_is_a_failure_that_costs_few_tries():
         return answer(example, "none", Status.CRASHED)
 
     search = Search("index_topk", "interpreted", 1)
-    (result,) = search.round(fuzz.ROUND, attempt)
+    (result,) = search.round(25, attempt)
     assert (result.status, list(search.found)) == (Status.CRASHED, ["none"])
     assert len(ends) <= 12
     before = len(search.seen)
-    assert search.round(fuzz.ROUND, attempt) == []
+    assert search.round(25, attempt) == []
     assert len(search.seen) > before, "the search went on"
 
 

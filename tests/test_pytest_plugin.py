@@ -20,7 +20,7 @@ pytest_plugins = ["pytester"]
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "test_my_kernel.py"
 REGISTERED = any(point.name == "m3check" for point in importlib.metadata.entry_points(group="pytest11"))
-PLUGIN = () if REGISTERED else ("-p", "m3check.pytest_plugin")
+PLUGIN = ("-p", "no:hypothesispytest", *(() if REGISTERED else ("-p", "m3check.pytest_plugin")))
 
 KERNEL = '''
 import torch

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from m3check.fuzz.search import Example, Search
 
 MINUTES = 10.0
-ROUND = 25
-"""Examples of one op before the next has its turn."""
+ROUND = 12
+"""Examples of one op before the next has its turn: half a minute, interpreted on a busy machine."""
 
 GRACE = 30.0
 """Seconds past the end that a failure found last may still take to become small."""
@@ -166,13 +166,16 @@ class Fuzz:
     def _lane(self, text: str, queue: deque[Search], helper: Helper | None) -> None:
         """Round after round, of one op after the other."""
         with helper or self._helper(text) as mine:
-            while queue:
-                search = queue.popleft()
-                left = self.budget.examples - search.rounds * ROUND if self.budget.examples else 2 * ROUND
-                before = search.ran
-                for result in search.round(min(ROUND, left), lambda example: self._attempt(text, mine, example)):
+            while True:
+                try:
+                    search = queue.popleft()
+                except IndexError:
+                    return
+                before, most = search.ran, self.budget.examples
+                count = min(ROUND, most - before) if most else ROUND
+                for result in search.round(count, lambda example: self._attempt(text, mine, example)):
                     self._tell(Event(self._done, 0, result))
-                if search.ran > before and left > ROUND and not self._enough(False):
+                if search.ran > before and (not most or search.ran < most) and not self._enough(False):
                     queue.append(search)
 
     def _helper(self, text: str) -> Helper:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity, assume, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import Unsatisfiable
@@ -23,8 +23,8 @@ from m3check.cases.strategies import cases
 from m3check.fuzz.kinds import kind, size
 from m3check.types import Case, Evidence, Result, Status
 
-TRIES = 200
-"""Runs that one round may spend on making its failures small; hypothesis needs some dozens for each."""
+TRIES = 150
+"""Runs that one round may spend on each kind of failure that it finds; hypothesis needs some dozens to make it small."""
 
 LOST = 20
 """How many of them one that ended its worker counts for: a fresh one takes seconds, a hang the whole time limit."""
@@ -38,6 +38,10 @@ class Example(NamedTuple):
 
     case: Case
     invariant: str
+
+
+class _Hopeless(BaseException):
+    """Ends a round in which a worker refused all; hypothesis takes an Exception for a failing example."""
 
 
 class Red(Exception):
@@ -115,6 +119,7 @@ class Search:
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=True,
             print_blob=False,
+            verbosity=Verbosity.quiet,
         )
         @seed(zlib.crc32(f"{self.op} {self.number} {self.rounds}".encode()))  # by itself it would switch the database off
         @given(examples(self.op, self.evidence))
@@ -123,7 +128,7 @@ class Search:
 
         try:
             examine()
-        except Unsatisfiable:
+        except (Unsatisfiable, _Hopeless):
             pass  # nothing of this op is for this provider
         except Red:
             pass
@@ -144,8 +149,11 @@ class Search:
     def _examine(self, example: Example, attempt: Callable[[Example], Result]) -> None:
         result = self.seen.get(example)
         if result is None:
-            assume(self._refuses(example.case) is None and (self.ran or len(self.seen) < HOPELESS))
-            if self._spent > TRIES or (self.ran and self._enough(self._spent > 0)):
+            assume(self._refuses(example.case) is None)
+            if not self.ran and len(self.seen) >= HOPELESS:
+                raise _Hopeless
+            new = len(self.found) - len(self._closed)
+            if self._spent > TRIES * new > 0 or (self.ran and self._enough(self._spent > 0)):
                 if self._database is not None:
                     self._database.untried = True
                 return
