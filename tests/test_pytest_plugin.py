@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
 import unittest
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,13 @@ def test_the_example_passes(pytester):
     pytester.syspathinsert(EXAMPLE.parent)
     pytester.runpytest_inprocess(*PLUGIN, "-k", "two_keys").assert_outcomes(passed=1)
     assert len([line for line in EXAMPLE.read_text().splitlines() if line]) <= 10
+
+
+def test_pytest_finds_the_plugin_where_m3check_is_installed():
+    declared = tomllib.loads((EXAMPLE.parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]["pytest11"]
+    assert {name: importlib.import_module(module).__name__ for name, module in declared.items()} == {
+        "m3check": "m3check.pytest_plugin"
+    }
 
 
 def test_a_session_without_m3check_imports_nothing_of_it():
