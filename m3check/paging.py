@@ -235,7 +235,7 @@ class Served:
     waits: list[str] = field(default_factory=list)
     """Reads of device memory by host code, with their source lines."""
     returned: list[tuple[str, list[int], bool, bool] | None] = field(default_factory=list)
-    """Of the id lists that the indexer returned: part, shape, whether in the id buffer, whether equal to their rows there."""
+    """Of each id list that the indexer returned: part, shape, whether in the id buffer, whether equal to its rows there."""
 
 
 @dataclass

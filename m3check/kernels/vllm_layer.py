@@ -1,8 +1,8 @@
 """vLLM's own indexer and attention classes of one layer, as an implementation of the op `indexer`.
 
-`MiniMaxM3IndexerTritonImpl`, `MiniMaxM3SparseTritonImpl` and their metadata builders, executed out of a wheel with stand-ins
-for what they inherit from, so that mistakes between kernels are seen, such as a wrong layout of the buffer that hands ids
-over. That buffer is allocated as the version's own model does, which is read from its source.
+`MiniMaxM3IndexerTritonImpl`, `MiniMaxM3SparseTritonImpl` and their metadata builders, executed out of a wheel beside
+stand-ins for what they inherit from, so that mistakes between kernels are seen, such as a wrong layout of the buffer that
+hands ids over. That buffer is allocated as the version's own model does, which is read from its source.
 """
 
 from __future__ import annotations
