@@ -44,6 +44,8 @@ def _weighed(view: View) -> Tensor:
 OUTPUTS: Mapping[str, Output] = {
     "score": Output(1, visible_cells, "index head {0}, block {2}", float("nan")),  # missing blocks are invisible
     "ids": Output(1, _every, "index head {0}, slot {2}"),
+    "logits": Output(0, _every, "token {1}", float("-inf")),
+    "lse": Output(0, _weighed, "query head {1}"),
     "q": Output(0, _every, "query head {1}, channel {2}"),
     "q_codes": Output(0, _every, "query head {1}, channel {2}"),
     "k": Output(0, _every, "kv head {1}, channel {2}"),
@@ -52,8 +54,6 @@ OUTPUTS: Mapping[str, Output] = {
     "cached_k": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_v": Output(0, _every, "kv head {1}, channel {2}"),
     "cached_idx_k": Output(0, _every, "channel {2}"),
-    "logits": Output(0, _every, "token {1}", float("-inf")),
-    "lse": Output(0, _weighed, "query head {1}"),
     "out": Output(0, _attended, "query head {1}, channel {2}"),
     "pages": Output(0, _every, "cell {1}"),
     "context": Output(0, _every, "its length"),
