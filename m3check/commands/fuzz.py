@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import signal
@@ -27,6 +28,8 @@ def main(arguments: argparse.Namespace) -> int:
     from m3check import fuzz
 
     fuzz.check()
+    import platformdirs
+
     from m3check.explain.process import default_arch
     from m3check.report.files import check_writable
     from m3check.settings import load
@@ -39,6 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
     if options.out is None:
         options = replace(options, out=Path("reports") / f"fuzz-{options.arch}")
     check_writable(options.folder)
+    # hypothesis keeps what it reads out of sources somewhere: not where the user happens to stand.
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(platformdirs.user_cache_path("m3check") / "hypothesis"))
     search = fuzz.Fuzz(options, budget)
     interrupted = False
     try:
