@@ -39,8 +39,8 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "fmha_sm100",
         ("fmha_sm100", "fmha_sm100:PATH"),
-        "MSA's CUTLASS and CuteDSL kernels for SM100 and SM103, which production runs there: of an installed vLLM or MSA, or "
-        "at PATH (a checkout of MiniMax's MSA, a folder that holds vllm/)",
+        "MSA's CUTLASS and CuteDSL kernels for SM100 and SM103, which production runs there: of an installed vLLM or MSA, "
+        "or at PATH (a checkout of MiniMax's MSA, a folder that holds vllm/)",
         "an SM100 or SM103 GPU, vLLM or MSA, nvcc",
         "m3check.kernels.fmha_sm100",
     ),
