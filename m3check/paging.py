@@ -102,7 +102,6 @@ class Guard:
         changed = (words(self._backing) != words(self._before)) & ~self._owned
         return [int(i) - int(self.view.storage_offset()) for i in changed.nonzero().flatten()[:8]]
 
-
     def place(self, position: int) -> str:
         """What a foreign cell is, by its flat position from the view's first element; empty where that is not known."""
         return ""

@@ -239,7 +239,7 @@ class Case:
 
     @property
     def decodes(self) -> int:
-        """Requests of a mixed batch that are decoded: the leading ones as long as the first, if that is a decode's length."""
+        """Requests of a mixed batch that are decoded: the leading ones as long as the first, if that is a decode length."""
         first = self.query_lens[0]
         if first > max(self.max_query_len, 1):
             return 0
@@ -361,7 +361,7 @@ class Profile:
     dequantise: Literal["rounded", "folded", "either"] = "either"
     """fp8 with scales: `rounded` computes on RN_query_dtype(code · scale), `folded` on the exact product."""
     queries: str = ""
-    """Attention: the dtype that queries, and the weights that multiply values, are rounded to; empty for the queries' own."""
+    """Attention: the dtype that queries, and weights before they meet values, are rounded to; empty for the queries' own."""
     emits: Literal["direct", "rounded", "either"] = "either"
     """fp8 codes that an insert writes: of its fp32 numbers, or of those rounded to the dtype of the keys first."""
     partials: Literal["query", "fp32", "any"] = "any"

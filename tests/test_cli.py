@@ -102,7 +102,12 @@ def test_a_green_run_exits_0_and_leaves_three_reports(m3check: Main, monkeypatch
     assert out.startswith("# m3check sm100: green")
     assert "Nothing here ran on sm100 hardware" in out
     assert err.splitlines()[-1] == "m3check: exit 0: 1 results, none red; report: reports/sm100/report.md"
-    assert sorted(p.name for p in Path("reports/sm100").iterdir()) == ["junit.xml", "report.html", "report.json", "report.md"]
+    assert sorted(p.name for p in Path("reports/sm100").iterdir()) == [
+        "junit.xml",
+        "report.html",
+        "report.json",
+        "report.md",
+    ]
     assert jsonfile.read("reports/sm100").exit.code == 0
 
 

@@ -49,7 +49,7 @@ def in_flight(kernel: Kernel, lanes: Sequence[tuple[Inputs, World]], count: int)
     for i in range(count):
         lane = i % len(lanes)
         with torch.cuda.stream(streams[lane]):
-            kept.append((lane, [result.clone() for result in launch(prepared[lane])]))
+            kept.append((lane, [_copied(result) for result in launch(prepared[lane])]))
     torch.cuda.synchronize()
     return [(lane, taken(prepared[lane], results, lanes[lane][0])) for lane, results in kept]
 
@@ -78,7 +78,7 @@ def behind_producer(kernel: Kernel, inputs: Inputs, count: int) -> list[Run]:
                     buffer.reset()
             torch.cuda._sleep(HELD)
             producer.produce(live, right, zero)
-            kept.append([result.clone() for result in launch(prepared)])
+            kept.append([_copied(result) for result in launch(prepared)])
         torch.cuda.synchronize()
     return [taken(prepared, results, inputs) for results in kept]
 
@@ -111,6 +111,11 @@ def _handed_over(prepared: Sequence[Prepared], inputs: Inputs) -> tuple[Tensor, 
             stale[cells] = others.flatten()
         stage.arguments[name] = live[cells].view(tensor.shape)
     return live, right, stale
+
+
+def _copied(result: Any) -> Any:
+    """A result that later launches may write over; some ops give several tensors."""
+    return tuple(each.clone() for each in result) if isinstance(result, tuple | list) else result.clone()
 
 
 def _device(prepared: Sequence[Prepared]) -> Any:
