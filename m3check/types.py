@@ -361,7 +361,7 @@ class Profile:
     dequantise: Literal["rounded", "folded", "either"] = "either"
     """fp8 with scales: `rounded` computes on RN_query_dtype(code · scale), `folded` on the exact product."""
     queries: str = ""
-    """Attention: the dtype that queries, and weights before they meet values, are rounded to; empty for the queries' own."""
+    """Attention: the dtype that queries, and weights before they meet values, are rounded to; empty: the queries' own."""
     emits: Literal["direct", "rounded", "either"] = "either"
     """fp8 codes that an insert writes: of its fp32 numbers, or of those rounded to the dtype of the keys first."""
     partials: Literal["query", "fp32", "any"] = "any"
