@@ -110,9 +110,11 @@ def _compiled(options: RunOptions, spec: kernels.Spec, arch: Arch, due: Sequence
     for case in due:
         if options.tier == "production" and not options.cases:
             continue  # what a plan skips is said once
-        if not every and (replace(case, seed=0) not in few or OPS[case.op].phase == "mixed"):
-            continue  # a mixed batch is host code: its kernels are ops, which compile as such
+        if not every and replace(case, seed=0) not in few:
+            continue
         skip = kernels.refuses(spec, case, arch, "compiled")
+        if not every and OPS[case.op].phase == "mixed":
+            skip = skip or "a mixed batch is host code: its kernels compile as ops of their own"
         sweep = skip is None and (bool(options.cases) or case.op not in swept)
         swept |= {case.op} if sweep else set()
         yield PlanLine(cases.case_id(case), case.op, spec.text, "compiled", skip, ("recompiles",) if sweep else ())

@@ -14,7 +14,7 @@ from records import record, result
 from m3check import cases
 from m3check.cli import main
 from m3check.report import jsonfile
-from m3check.types import PlanLine, Status
+from m3check.types import OPS, PlanLine, Status
 
 Main = Callable[..., tuple[int, str, str]]
 
@@ -329,8 +329,22 @@ def test_what_was_only_compiled_computed_nothing(m3check: Main, monkeypatch: pyt
     code, _, said = m3check("run --arch sm100 --floor min_cases.decode=1")
     assert code == 1
     assert "decode ran 0 cases on triton" in said
-    assert m3check("run --arch sm100 --floor min_cases.decode=1 evidence=compiled")[0] == 0
+    code, _, said = m3check("run --arch sm100 --floor min_cases.decode=1 evidence=compiled")
+    assert code == 0, said
     assert m3check("run --arch sm100 --floor evidence=interpreted")[0] == 1
+
+
+def test_a_floor_for_each_op_asks_nothing_of_ops_beside_block_sparse_attention(
+    m3check: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verdict(line: PlanLine) -> Status:
+        return Status.PASSED if OPS[line.op].family == "sparse" else Status.SKIPPED
+
+    fake_pool.install(monkeypatch, verdict)
+    assert m3check("run --arch sm100 --floor min_cases=1")[0] == 0
+    code, _, said = m3check("run --arch sm100 --floor min_cases=1 min_cases.mla_sparse=1")
+    assert code == 1
+    assert "mla_sparse ran 0 cases on triton, the floor is 1" in said
 
 
 def test_each_named_provider_must_reach_the_floor(m3check: Main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +361,7 @@ def test_each_named_provider_must_reach_the_floor(m3check: Main, monkeypatch: py
 
 def test_a_narrowed_run_is_held_to_its_floors_and_a_replay_is_not(m3check: Main, workers: Callable[..., list[str]]) -> None:
     workers()
-    Path("m3check.toml").write_text("[floors]\nmin_cases = 2\n")
+    Path("m3check.toml").write_text("[floors]\nmin_cases = 1\n")
 
     assert m3check("run --arch sm100")[0] == 0
     assert m3check("run --arch sm100 --op decode")[0] == 1, "a forgotten --op would empty a gate"
