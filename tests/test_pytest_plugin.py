@@ -96,7 +96,7 @@ def test_a_wrong_one_fails_with_the_finding_and_the_line_that_shows_it_again(pyt
             "E *m3check run --arch * --kernels ./mine.py --case index_topk/q=3,kv=700,h=2,topk=3",
         ]
     )
-    assert "types.py" not in done.stdout.str(), "a traceback ends in the author's own test"
+    assert "result.py" not in done.stdout.str(), "a traceback ends in the author's own test"
     tests = ElementTree.parse(pytester.path / "out.xml").iter("testcase")
     properties = [{each.get("name"): each.get("value") for each in test.iter("property")} for test in tests]
     assert [found["m3check_case"] for found in properties] == [
