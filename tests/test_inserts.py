@@ -16,8 +16,9 @@ import triton.language as tl  # noqa: E402
 
 from m3check import arch, cases, checks, interpret, paging, reference, runner  # noqa: E402
 from m3check.cases.families import insert as family  # noqa: E402
+from m3check.checks import inserted  # noqa: E402
 from m3check.checks.inserted import expected as bounded  # noqa: E402
-from m3check.checks.turning import Stored, Turned, nearest  # noqa: E402
+from m3check.checks.turning import Stored, Turned, nearest, turned  # noqa: E402
 from m3check.checks.view import View  # noqa: E402
 from m3check.kernels import contract, vllm_insert  # noqa: E402
 from m3check.kernels.provider import Loaded, Spec  # noqa: E402
@@ -232,6 +233,14 @@ def unsaturated(x, dtype, model):
     return torch.where(x.abs() > torch.finfo(dtype).max, torch.nan, x).to(dtype)
 
 
+def signed_zero(x, dtype, model):
+    """A sign on every 0, which is NaN in the fnuz dialects."""
+    found = steps.stored(x, dtype, model)
+    if dtype.itemsize == 1:
+        steps.bits(found)[(found.float() == 0) & (x < 0)] = 0x80
+    return found
+
+
 def scaled(factor):
     def insert(cache, slots, rows, dim=slice(None), stored=steps.stored):
         steps.insert(cache, slots, rows * factor if cache.element_size() == 1 else rows, dim, stored)
@@ -268,6 +277,8 @@ WRONG = {  # steps changed, the case that shows it, the check that is red, words
     "skipped before the cache": (FP8, {"insert": skipping(-2)}, "guards", "before its first"),
     "a scale": (FP8, {"insert": scaled(1 / 1.07)}, "identity", "times what it should"),
     "not saturated": (f"{OP}/q=31,kv=200,h=2,g=2,cache=fp8_e4m3fn,fill=wide", {"stored": unsaturated}, "inserted", ""),
+    "index key not saturated": (f"{WIDE},icache=fp8_e4m3fn", {"stored": unsaturated}, "inserted", ""),
+    "negative zero": (f"{OP}/q=20,kv=300,h=1,g=2,cache=fp8_e5m2fnuz,fill=wide", {"stored": signed_zero}, "inserted", ""),
 }  # fmt: skip
 
 
@@ -413,7 +424,7 @@ def test_the_bound_holds_for_any_order_of_sums_and_is_not_wasted():
     """fp32 heads with sums in random orders stay inside; the worst uses a good part of what is left for the rest."""
     problem = inputs(WIDE)
     view = View(OPS[OP], problem, paging.Run({"k": problem.more["x_k"]}), reference.expected(problem), None)
-    turned = bounded(view)["q"]
+    bound = bounded(view)["q"]
     x, weight = problem.more["x_q"].float(), problem.more["w_q"].float()
     cos, sin = steps.angles(problem.more["cos_sin"], problem.more["positions"])
     worst = 0.0
@@ -421,8 +432,62 @@ def test_the_bound_holds_for_any_order_of_sums_and_is_not_wasted():
         order = torch.randperm(128, generator=torch.Generator().manual_seed(seed))
         total = x[..., order].square().cumsum(-1)[..., -1:]
         got = steps.rotated(x * torch.rsqrt(total / 128 + 1e-6) * (1 + weight), cos, sin)
-        worst = max(worst, float(((got.double() - turned.value).abs() / turned.bound).max()))
+        worst = max(worst, float(((got.double() - bound.value).abs() / bound.bound).max()))
     assert 0.05 < worst < 1.0
+
+
+def test_a_division_by_channel_and_a_weight_that_is_added_are_inside_the_bound():
+    """Each channel divided by the root with the largest error of div.full, and x + x · w near w = -1."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 1, 128, generator=generator)
+    weight = (-1 + torch.randn(128, generator=generator) * 2**-6).bfloat16().float()
+    weight[32:64] = torch.randn(32, generator=generator)
+    turn = torch.rand(200, 32, generator=generator) * 6
+    table = torch.cat([turn.cos(), turn.sin()], -1).bfloat16()
+    cos, sin = table.float()[:, None].chunk(2, -1)
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight.double())
+    bound = turned(x, weight, table, 1e-6, steps.rotated(exact, cos.double(), sin.double()))
+    error = torch.randint(-1, 2, x.shape, generator=generator) * 2.0**-22
+    divided = (x.double() / torch.sqrt(steps.power(x) + 1e-6).double() * (1 + error)).float()
+    for got in (divided * (1 + weight), divided + divided * weight):
+        assert float(((steps.rotated(got, cos, sin).double() - bound.value).abs() / bound.bound).max()) < 1.0
+    rounded = steps.rotated(exact.bfloat16().float(), cos, sin).double()
+    assert float(((rounded - bound.value).abs() / bound.bound).max()) > 10.0
+
+
+# ---- the identity
+
+
+def identity(actual, value, bound):
+    """What the check says of codes [T, heads, D] of a cache, by the numbers before their rounding."""
+    problem, setting = inputs(FP8), checks.Setting(profile=Profile(emits="direct"), evidence="interpreted")
+    view = View(OPS[OP], problem, paging.Run({}), {}, setting)
+    view.memo["stored"] = {"cached_k": Stored(actual, Turned(value, bound), torch.float8_e4m3fn, torch.bfloat16)}
+    return inserted.check_identity(view)
+
+
+def test_the_identity_of_many_codes_is_exact_and_a_scale_is_told():
+    """2,000 tokens of 4 heads, whose rounding errors have a mean; arithmetic at its bound; one code that is wrong."""
+    value = torch.randn(2000, 4, 128, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 1.3
+    bound = value.abs() * 2.0**-17.6
+
+    def codes(x):
+        return x.float().to(torch.float8_e4m3fn).float()
+
+    for near in (value, value + bound * 0.99, value - bound * 0.99):
+        [found] = identity(codes(near), value, bound)
+        assert found.status is Status.PASSED
+        assert found.limit < 1e-5
+    for factor in (1.003, 1 / 1.003, 0.5):
+        [found] = identity(codes(value * factor), value, bound)
+        assert found.status is Status.FAILED
+        assert found.measured == pytest.approx(abs(factor - 1), rel=0.1)
+        assert "times what it should" in found.hint
+    other = codes(value)
+    other[7:9] = other[[8, 7]]
+    assert identity(other, value, bound) == [], "`inserted` tells what these are"
+    other[7, 1, 5] = math.nan
+    assert identity(other, value, bound) == []
 
 
 # ---- our own kernel

@@ -19,6 +19,9 @@ RSQRT = 2.0**-21
 FLUSHED = 2.0**-125
 """Two products that were flushed to zero."""
 
+DIVISION = 4
+"""Errors of a division of each channel by the root (2 ulp), in u, where a product with the reciprocal has one."""
+
 SCALING = 2.0**-22
 """Relative error of a division by a scale in fp32: 2 ulp, or a rounded reciprocal and a product."""
 
@@ -40,14 +43,16 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def turned(x: Tensor, weight: Tensor, angles: Tensor, eps: float, value: Tensor) -> Turned:
     """The bound of heads x [T, heads, D] with cosines and sines [T, R]; `value` is the reference's.
 
-    The sum of squares, eps and the root are one error for a head: it scales the result. The rest is for each product alone.
+    The sum of squares, eps and the root are one error for a head: it scales the result. The rest is for each product alone,
+    whose factor 1 + weight may also be taken as a head plus weight times that head.
     """
     half = angles.shape[-1] // 2
     cos, sin = angles.double().abs()[:, None].chunk(2, dim=-1)
-    size = normed(x, weight, eps).abs()
-    first, second = size[..., :half], size[..., half : 2 * half]
+    unit = normed(x, torch.zeros_like(weight), eps).abs()
+    errors = unit * ((DIVISION + 3) * (1 + weight.double()).abs() + weight.double().abs())
+    first, second = errors[..., :half], errors[..., half : 2 * half]
     rotated = torch.cat([first * cos + second * sin, second * cos + first * sin], dim=-1)
-    own = torch.cat([4 * rotated + value[..., : 2 * half].abs(), 3 * size[..., 2 * half :]], dim=-1) * U32
+    own = torch.cat([rotated + value[..., : 2 * half].abs(), errors[..., 2 * half :]], dim=-1) * U32
     common = (x.shape[-1] + 1) / 2 * U32 + RSQRT
     return Turned(value, (common * value.abs() + own) * (1 + 2.0**-10) + FLUSHED)
 

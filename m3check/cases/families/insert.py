@@ -30,6 +30,9 @@ SPREAD = 29
 LOWEST = {"bf16": -16, "fp16": -20}
 """`wide` spreads the sizes of rows over so many binades, from so low on: eps is all of a variance, or nothing of it."""
 
+LOUD = 4
+"""What weights of `wide` are multiplied by, so that keys and index heads pass e4m3's largest number as values do."""
+
 _TURN = 1 << 32
 
 SKIPS = frozenset({"skip_first", "skip_last", "skip_some", "skip_all"})
@@ -76,7 +79,7 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> dict[str, Any]
             x = x * torch.exp2(((row + 5 * i) % SPREAD + LOWEST[case.dtype]).double()).to(x.dtype)
         more[f"x_{name}"] = x
         if name != "v":
-            more[f"w_{name}"] = draw(f"w_{name}", (case.head_dim,), case.dtype)
+            more[f"w_{name}"] = draw(f"w_{name}", (case.head_dim,), case.dtype) * (LOUD if case.fill == "wide" else 1)
     more["positions"] = positions(case, device)
     more["cos_sin"] = table(more["positions"], more["x_q"].dtype)
     more["kept"] = kept(case).to(device)
