@@ -15,11 +15,15 @@ CASES = {
     "late": "mla_sparse/q=3,kv=200,h=1,g=4,d=192,topk=64,ids=late",
     "holes": "mla_sparse/q=5,kv=300,h=1,g=4,d=192,topk=128,ids=holes",
     "empty": "mla_sparse/q=5,kv=90,h=1,g=4,d=192,topk=64,layout=pool,ids=empty",
+    "long": "mla_sparse/q=1,kv=2100,h=1,g=2,d=192,topk=2048",
+    "odd": "mla_sparse/q=2,kv=150,h=1,g=128,d=192,topk=80",
     "fp32": "mla_sparse/q=3,kv=140,h=1,g=4,d=192,topk=64,dtype=fp32,cache=fp32,ids=holes",
 }
 
 
-def kernel(tile=16, splits=1, *, reverse=False, base=1.0, mask=True, lost=None, start=-1e30, rope=True, lse_base=1.0):
+def kernel(
+    tile=16, splits=1, *, reverse=False, base=1.0, mask=True, lost=None, start=-1e30, rope=True, lse_base=1.0, rounded=False
+):
     """Online softmax over tiles of the list, in parts that are merged; keywords make it another one."""
 
     def part(q, kv, row, sm_scale, d_v):
@@ -50,6 +54,8 @@ def kernel(tile=16, splits=1, *, reverse=False, base=1.0, mask=True, lost=None, 
         for t in range(len(q)):
             parts = [part(q[t], kv, ids, sm_scale, d_v) for ids in indices[t, 0].chunk(splits)]
             parts = [each for i, each in enumerate(parts) if i != lost]
+            if rounded:  # part outputs that are stored in the queries' dtype before they are merged
+                parts = [(m, n, (acc / n.clamp(min=1e-30)).to(q.dtype).float() * n) for m, n, acc in parts]
             top = torch.stack([p[0] for p in parts]).amax(0)
             weights = [(p[0] - top).exp() for p in parts]
             total = sum(p[1] * w for p, w in zip(parts, weights, strict=True))
@@ -79,6 +85,7 @@ RIGHT = {
     "tiles in reverse": kernel(tile=32, reverse=True),
     "four parts": kernel(splits=4),
     "parts of one tile": kernel(tile=16, splits=8),
+    "parts of one tile, rounded": kernel(tile=16, splits=8, rounded=True),
 }
 
 
@@ -120,6 +127,47 @@ def test_a_lost_token_is_named():
     token = int(cases.make_inputs(case).topk_idx[0, 1, 5])
     assert f"token {token} lost" in red["token"].hint
     assert "request 0, query 1" in red["token"].where
+
+
+def changed(ids=None, heads=None):
+    """A right kernel that is given other ids, or whose heads are exchanged."""
+
+    def mla_sparse(q, kv, indices, sm_scale, d_v):
+        out, lse = kernel()(q, kv, indices if ids is None else ids(indices.clone()), sm_scale, d_v)
+        return (out if heads is None else heads(out)), lse
+
+    return mla_sparse
+
+
+def without_last(indices):
+    indices[..., -1] = -1
+    return indices
+
+
+ONLY_SOME_SHAPES = {
+    "one token of 2048 left out": ("long", changed(ids=without_last), "token"),
+    "a last tile of 16 left out": ("odd", changed(ids=lambda ids: ids[..., : ids.shape[-1] // 32 * 32]), "element"),
+    "the heads past the 64th exchanged": (
+        "odd",
+        changed(heads=lambda out: out[:, [*range(64), *range(127, 63, -1)]]),
+        "row",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ONLY_SOME_SHAPES)
+def test_what_goes_wrong_with_some_shapes_only_is_refused(how):
+    case, function, check = ONLY_SOME_SHAPES[how]
+    assert check in judged(CASES[case], function)[1]
+
+
+def test_ci_has_the_shapes_that_show_it():
+    shapes = [case for case in cases.tier("ci") if case.op == "mla_sparse"]
+    assert any(case.topk == 2048 and case.ids == "full" and case.context > 2048 for case in shapes)
+    assert any(case.topk == 2048 and case.ids == "late" for case in shapes), "parts of which half are empty"
+    assert any(case.topk % 32 == 16 and case.context > case.topk for case in shapes)
+    several = [case for case in shapes if case.topk > 256 and case.total_queries * case.heads > 64]
+    assert any(case.gqa > 64 for case in several), "parts of more rows than one program merges"
 
 
 def test_a_promised_base_is_what_is_compared():

@@ -10,6 +10,7 @@ from m3check.types import Kernel, Profile, Status
 
 E4M3 = "dtype=fp8_e4m3fn,cache=fp8_e4m3fn"
 MQA = f"mqa_logits/q=5+3,kv=70+9,h=1,g=4,d=32,{E4M3}"
+EMPTY = f"mqa_logits/q=3+2+4,kv=1+0+70,h=1,g=4,d=32,{E4M3}"
 PAGED = f"paged_mqa_logits/q=2x4,kv=131+64+0+65,h=1,g=4,d=32,{E4M3}"
 
 
@@ -86,6 +87,43 @@ def test_wrong_kernels_over_windows_are_refused_and_named(what):
     how, check, hint = WRONG[what]
     red = judged(MQA, windowed(**how))
     assert hint in red[check].hint
+
+
+def test_a_window_may_be_empty():
+    inputs = cases.make_inputs(cases.parse_id(EMPTY))
+    seen = {}
+
+    def spy(**arguments):
+        seen.update(arguments)
+        return windowed()(**arguments)
+
+    contract.call(Kernel("t", "mqa_logits", "mine", Profile(), spy), inputs)
+    assert seen["starts"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert seen["ends"].tolist() == [0, 0, 1, 1, 1, 68, 69, 70, 71]
+    assert not judged(EMPTY, windowed())
+
+    def at_least_one(q, k, k_scale, weights, starts, ends):
+        return windowed()(q, k, k_scale, weights, starts, torch.maximum(ends, starts + 1))
+
+    assert not judged(MQA, at_least_one), "only an empty window shows it"
+    assert "4 cells hold" in judged(EMPTY, at_least_one)["outside"].hint
+
+
+def test_a_result_has_as_many_columns_as_were_asked_for():
+    for pad in (-1, 64):
+
+        def other(pad=pad, **arguments):
+            return torch.nn.functional.pad(paged()(**arguments), (0, pad), value=float("-inf"))
+
+        with pytest.raises(contract.BrokenContract, match=r"logits of shape \[8, \d+\]"):
+            judged(PAGED, other)
+
+
+def test_ci_has_contexts_of_several_tiles_and_empty_windows():
+    shapes = [case for case in cases.tier("ci") if "mqa_logits" in case.op]
+    for op in ("mqa_logits", "paged_mqa_logits"):
+        assert any(case.op == op and case.context > 1024 for case in shapes)
+    assert any(r.query_len > r.kv_len for c in shapes if c.op == "mqa_logits" for r in c.requests())
 
 
 WRONG_PAGED = {

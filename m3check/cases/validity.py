@@ -119,6 +119,8 @@ def _lengths(case: Case) -> str | None:
         return None
     if sum(q) == 0:
         return "a prefill batch needs at least one query token"
+    if OPS[case.op].family == "logits":  # a window may be empty: queries before a request's first token
+        return None if max(kv) else "a batch needs at least one visible token"
     for i, (query_len, kv_len) in enumerate(zip(q, kv, strict=True)):
         if kv_len < max(query_len, 1):
             return f"request {i} has {query_len} queries but {kv_len} visible tokens; its queries are among them"

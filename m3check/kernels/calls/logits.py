@@ -23,7 +23,7 @@ PARAMETERS: Mapping[str, str] = {
     "k_scale": "[N] fp32: what a key is multiplied by",
     "weights": "[T, H] fp32: weight of each head",
     "starts": "[T] int32: the first row of k that a query sees",
-    "ends": "[T] int32: one past the last",
+    "ends": "[T] int32: one past the last; the first itself where the query sees none",
     "kv_cache": f"[pages, {PAGE}, 1, D + 4] uint8, any page stride: {PAGE} · D bytes of keys, then {PAGE} fp32 scales",
     "context_lens": "[R] int32: visible tokens of each request, its queries included; 0 is a padded row",
     "block_table": "[R, columns] int32: page of each 64 tokens; past the last one, pages not to be read",
@@ -62,7 +62,7 @@ def physical(
         )
         paging.words(storage)[:, : case.head_dim] = paging.words(keys)
         starts = [request.kv_start for request in case.requests() for _ in range(request.query_len)]
-        ends = [r.kv_start + r.position(i) + 1 for r in case.requests() for i in range(r.query_len)]
+        ends = [r.kv_start + max(r.position(i) + 1, 0) for r in case.requests() for i in range(r.query_len)]
         arguments |= {
             "q": query.clone(),
             "k": storage[:, : case.head_dim],
@@ -89,25 +89,27 @@ def physical(
         scales = inputs.more["key_scale"][request.tokens]
         cache[:, split:].unflatten(1, (PAGE, 4))[page, slot] = scales.view(torch.uint8).view(-1, 4)
     owned = pages.readable(twice)
+    columns = max(world.max_seq_len, -(-case.context // PAGE) * PAGE + PAGE)
     arguments |= {
         "q": query.clone().view(len(case.kv_lens), max(case.query_lens, default=1), case.heads, case.head_dim),
         "kv_cache": cache.view(pages.count, PAGE, 1, case.head_dim + 4),
         "context_lens": paging.lengths(case.kv_lens, device),
         "block_table": pages.table,
-        "max_model_len": max(world.max_seq_len, -(-case.context // PAGE) * PAGE + PAGE),
+        "max_model_len": columns,
     }
-    return Physical(arguments, lambda wanted: {}, lambda name, tensor: owned if name == "kv_cache" else None)
+
+    def taken(result: Any, buffers: Mapping[str, Guard]) -> Taken:
+        whole = checked(kernel, "logits", result, (case.total_queries, columns), torch.float32)
+        return Taken({"logits": whole[:, : case.context]}, {"logits": whole[:, case.context :]})
+
+    return Physical(arguments, lambda wanted: {}, lambda name, tensor: owned if name == "kv_cache" else None, take=taken)
 
 
 def take(kernel: Kernel, result: Any, inputs: Inputs, buffers: Mapping[str, Guard]) -> Taken:
-    """Each row's logits by token of its own request, and in `beyond` all cells that are no token of it."""
+    """Of mqa_logits: each row's logits by token of its own request; in `beyond`, all cells that are no token of it."""
     import torch
 
     case = inputs.case
-    if kernel.op == "paged_mqa_logits":
-        width = result.shape[1] if isinstance(result, torch.Tensor) and result.dim() == 2 else 0
-        whole = checked(kernel, "logits", result, (case.total_queries, max(width, case.context)), torch.float32)
-        return Taken({"logits": whole[:, : case.context]}, {"logits": whole[:, case.context :]})
     rest = checked(kernel, "logits", result, (case.total_queries, case.total_tokens), torch.float32)
     logits = torch.full((case.total_queries, case.context), -torch.inf, device=rest.device)
     for request in case.requests():
