@@ -145,7 +145,8 @@ ATTEND = frozenset({"sparse_attn", "sparse_attn_decode"}) | LISTED
 CHAINS = frozenset({"prefill", "decode"})
 MIXED = frozenset({"indexer"})
 INSERT = frozenset({"qknorm_rope_insert"})
-TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode", "index_insert"})
+PAGE_TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode"})
+TABLES = PAGE_TABLES | {"index_insert"}
 CACHED = INDEX | ATTEND
 SINGLE = CACHED | {"index_topk"}
 EVERY = SINGLE | CHAINS
@@ -167,8 +168,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "offsets into other tensors", "memory.far_pages"),
     Invariant("far_slots", LISTED, _live_rows, "32-bit products of a listed token's slot and the stride of slots",
               "offsets into other tensors", "memory.far_slots", tiers=frozenset({"ci", "full"})),
-    Invariant("far_rows", SINGLE, _rows, "32-bit products of query token and stride, in queries, ids, scores and outputs",
-              "offsets of heads", "memory.far_rows"),
+    Invariant("far_rows", SINGLE | PAGE_TABLES, _rows, "32-bit products of query token and stride, in queries, ids, scores "
+              "and outputs", "offsets of heads", "memory.far_rows"),
     Invariant("room", INDEX | PAGED | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, "
               "max_decode_query_len, table width) that enter the result", "limits that are too small", "memory.room"),
     Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million tokens "
@@ -189,8 +190,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "batch.alone"),
     Invariant("padded", DECODE | PAGED, _live_rows, "padded rows (length 0) that change the rows of others",
               "what stands in the padded rows", "batch.padded"),
-    Invariant("empty", SINGLE | INSERT | LOGITS, _always, "a batch without any query: a division by zero, another shape",
-              "batches with a query", "batch.empty", evidence=INTERPRETED),
+    Invariant("empty", SINGLE | INSERT | LOGITS | PAGE_TABLES, _always, "a batch without any query: a division by zero, "
+              "another shape", "batches with a query", "batch.empty", evidence=INTERPRETED),
     Invariant("chunked", PREFILL, _draft, "a prefix taken for queries; chunk boundaries inside a block",
               "boundaries at other places", "routes.chunked", calls=2),
     Invariant("verify", DECODE, _draft, "draft tokens judged otherwise than one by one", "draft lengths not tried",

@@ -116,6 +116,24 @@ def test_a_wrong_table_is_refused(mistake, case, checks):
     assert checks <= found
 
 
+def test_far_rows_of_lists_and_an_empty_batch_bind_who_promises_them():
+    """Offsets of 32 bits into lists, which are then put together, of which there must be some."""
+    build, promises = table(), Profile(bitwise=frozenset({"far_rows", "empty"}))
+
+    def wrapping(topk_idx, block_table, seq_lens, decode_query_len, block_page_stride):
+        first, (_, tokens, topk), (_, row, each) = topk_idx.storage_offset(), topk_idx.shape, topk_idx.stride()
+        offsets = [first + (t * row + 2**31) % 2**32 - 2**31 for t in range(tokens)]
+        lists = torch.stack([topk_idx.as_strided((topk,), (each,), offset) for offset in offsets])
+        return build(lists[None], block_table, seq_lens, decode_query_len, block_page_stride)
+
+    def told(kernel, profile=None):
+        return {f.check: f.status for f in m3check.verify(TABLE, kernel, profile).findings}
+
+    assert set(told(build, promises).values()) == {Status.PASSED}
+    assert {c for c, status in told(wrapping, promises).items() if status is Status.FAILED} == {"far_rows", "empty"}
+    assert {c for c, status in told(wrapping).items() if status is Status.NOTED} == {"far_rows", "empty"}
+
+
 def test_the_reference_reads_lists_and_positions_alone():
     case = Case(op="sparse_pa_table", query_lens=(2,), kv_lens=(131,), kv_heads=1, topk=3)
     ids = torch.tensor([[[0, -1, 1], [5, 1, -2]]], dtype=torch.int32)

@@ -16,6 +16,7 @@ import triton.language as tl  # noqa: E402
 
 from m3check import arch, cases, checks, interpret, paging, reference, runner  # noqa: E402
 from m3check.cases.families import insert as family  # noqa: E402
+from m3check.cases.families import listed  # noqa: E402
 from m3check.checks import inserted  # noqa: E402
 from m3check.checks.inserted import expected as bounded  # noqa: E402
 from m3check.checks.turning import Stored, Turned, nearest, turned  # noqa: E402
@@ -35,6 +36,7 @@ FP8 = f"{OP}/q=6,kv=1025,h=2,g=2,cache=fp8_e4m3fn,icache=fp8_e4m3fn,ids=skip_som
 WIDE = f"{OP}/q=31,kv=200,h=1,g=2,fill=wide"
 DENSE = f"{OP}/q=3,kv=70,h=2,g=2,layer=dense,queries=place"
 SKIPS = f"{OP}/q=2+1,kv=129+40,h=2,g=1,dtype=fp16,cache=fp8_e5m2,layout=pool,ids=skip_first,layer=skip_index,queries=fp8"
+MANY = next(line for line in listed("ci") if line.startswith(f"{OP}/q=300+1"))
 CASES = (SMALL, FP8, WIDE, DENSE, SKIPS)
 
 _made: dict[str, object] = {}
@@ -212,6 +214,11 @@ def skipping(where):
     return insert
 
 
+def first_tile(cache, slots, rows, dim=slice(None), stored=steps.stored):
+    """The first 256 tokens alone."""
+    steps.insert(cache, slots[:256], rows, dim, stored)
+
+
 def swapped(cache, slots, rows, dim=slice(None), stored=steps.stored):
     side = {0: slice(128, 256), 128: slice(0, 128)}.get(dim.start, dim)
     steps.insert(cache, slots, rows, side, stored)
@@ -272,6 +279,7 @@ WRONG = {  # steps changed, the case that shows it, the check that is red, words
     "cut": (SMALL, {"stored": cut}, "turned", ""),
     "key and value swapped": (SMALL, {"insert": swapped}, "inserted", "instead of"),
     "index key not normed": (SMALL, {"normed": not_normed_index_key}, "turned", "no norm"),
+    "the first 256 tokens": (MANY, {"insert": first_tile}, "inserted", ""),
     "the slot beside": (SMALL, {"insert": late}, "guards", "which no token of the batch has"),
     "skipped into slot 0": (FP8, {"insert": skipping(0)}, "guards", "slot 0"),
     "skipped before the cache": (FP8, {"insert": skipping(-2)}, "guards", "before its first"),

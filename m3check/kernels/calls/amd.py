@@ -203,12 +203,14 @@ def _table(kernel: Kernel, inputs: Inputs, block_table: Tensor, stride: int, res
     case, rows = inputs.case, inputs.case.total_queries
     table = checked(kernel, "a table", result[0], (rows, case.topk * 8), torch.int32).long()
     context = checked(kernel, "context lengths", result[1], (rows,), torch.int32)
-    owner = torch.full((len(case.kv_lens), int(block_table.max()) + 1), -2, dtype=torch.int64)
+    pages = int(block_table.max()) + 1 if block_table.numel() else 1
+    owner = torch.full((len(case.kv_lens), pages), -2, dtype=torch.int64)
     for request in case.requests():
         own = block_table[request.index, : blocks(request.kv_len)].long().cpu()
         owner[request.index, own] = torch.arange(len(own))
     owner = owner.to(table.device)
-    request_of = torch.tensor([r.index for r in case.requests() for _ in range(r.query_len)], device=table.device)
+    owners = [r.index for r in case.requests() for _ in range(r.query_len)]
+    request_of = torch.tensor(owners, dtype=torch.int64, device=table.device)
     page, part = table.div(stride, rounding_mode="floor"), table.remainder(stride)
     known = (page >= 0) & (page < owner.shape[1]) & (part < BLOCK // 16)
     block = owner[request_of[:, None], page.where(known, 0)]
@@ -229,5 +231,6 @@ CALLS = Calls(
     named_only=frozenset({"out"}),
     returnable=frozenset({"out"}),
     fresh=frozenset({"idx_q", "score", "topk_idx"}),
+    token_dimension={"topk_idx": 1},
     held=frozenset({"completion_counter"}),
 )  # fmt: skip
