@@ -166,6 +166,8 @@ def test_ci_has_the_shapes_that_show_it():
     assert any(case.topk == 2048 and case.ids == "full" and case.context > 2048 for case in shapes)
     assert any(case.topk == 2048 and case.ids == "late" for case in shapes), "parts of which half are empty"
     assert any(case.topk % 32 == 16 and case.context > case.topk for case in shapes)
+    sunk = {case.ids for case in shapes if case.fill == "sunk" and case.topk == 256}
+    assert sunk >= {"empty", "short"}, "a merge that forgets the largest logit is right while logits are small"
     several = [case for case in shapes if case.topk > 256 and case.total_queries * case.heads > 64]
     assert any(case.gqa > 64 for case in several), "parts of more rows than one program merges"
 

@@ -78,10 +78,11 @@ def test_what_a_published_function_cannot_run_is_told(name):
     assert named.refusal(Kernel("u", function.op, "mine", Profile(), print), case) is None
 
 
+@pytest.mark.parametrize("layout", ["", ",layout=pool"])
 @pytest.mark.parametrize(
     ("wraps", "promised", "status"), [(False, True, "passed"), (True, True, "failed"), (True, False, "noted")]
 )
-def test_far_slots_catches_an_offset_of_32_bits(wraps, promised, status):
+def test_far_slots_catches_an_offset_of_32_bits(wraps, promised, status, layout):
     def mla_sparse(q, kv, indices, sm_scale, d_v):
         ids = indices[:, 0].long()
         at = ids.clamp(min=0) * kv.stride(0)
@@ -93,7 +94,7 @@ def test_far_slots_catches_an_offset_of_32_bits(wraps, promised, status):
         logits = (q.float() @ k.mT * sm_scale).masked_fill((ids < 0)[:, None], -float("inf"))
         return (logits.softmax(-1).nan_to_num(0) @ k[..., :d_v]).to(q.dtype)
 
-    case = cases.parse_id(CASE)
+    case = cases.parse_id(CASE.replace(",ids", f"{layout},ids"))
     profile = Profile(bitwise=frozenset({"far_slots"}) if promised else frozenset())
     loaded = Loaded(Spec("t", "t"), {case.op: Kernel("t", case.op, "mine", profile, mla_sparse)})
     session = runner.Session(ARCHS["sm80"], "interpreted", "cpu", loaded)

@@ -49,7 +49,10 @@ def physical(
     assert inputs.k is not None
     assert inputs.topk_idx is not None
     wide = WIDER if case.layout == "pool" else 0
-    first = paging.far_page(case, True) if world.far else 0
+    row = replace(
+        case, layout="hnd", head_dim=case.head_dim + wide
+    )  # a pool's rows are wider, and its pages have one layer
+    first = paging.far_page(row, True) if world.far else 0
     pages = paging.Pages.shuffled(salted, "latent", inputs.device, world, first)
     slots = pages.slots(case)
     storage = paging.poisoned_pages([BLOCK, 1, case.head_dim + wide], pages, world.poison, inputs.k)
