@@ -155,11 +155,6 @@ def garbage_fills(result: Tensor, keywords: Keywords) -> None:
     result.copy_(torch.where(result < 0, slots, result))
 
 
-def only_own_block(keywords: Keywords) -> dict[str, Any]:
-    """Forcing that knows the query's own block alone."""
-    return {"init_blocks": 0, "local_blocks": min(1, keywords["local_blocks"])}
-
-
 def cut_after_sort(function: Function, keywords: Keywords) -> Tensor:
     """The power of two above topk is selected, sorted by id, and cut."""
     import torch
