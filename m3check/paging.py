@@ -173,7 +173,8 @@ class World:
     own_buffers: bool = False  # a kernel that can allocate its result is given no buffer
     apart: bool = False  # channels, ids and score columns are every second element of their rows
     contiguous: bool = False  # pages in order; no run does so, since it hides mistakes, but a diagnosis may
-    earlier: Literal["", "other", "stale"] = ""  # `indexer`: another batch was served before; or its metadata are used
+    earlier: Literal["", "other", "stale", "captured"] = ""  # `indexer`: another batch was served before; or its metadata
+    # are used, in a step launched anew or in one that a CUDA graph captured then
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,13 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
                 return str(error)
             return runs
 
-        trial.replay = replayed
+        def captured() -> Run | str:
+            try:
+                return trial.call(inputs, World(earlier="captured"))
+            except replay.CannotCapture as error:
+                return str(error)
+
+        trial.replay, trial.captured = replayed, captured
         trial.launches = lambda lanes, count: launched(lambda: overlap.in_flight(kernel, lanes, count))
         if session.arch.pdl:
             trial.behind = lambda same, count: launched(lambda: overlap.behind_producer(kernel, same, count))

@@ -253,6 +253,19 @@ class HostLengths(Composed):
         return super().forward((known(metadata[0]), known(metadata[1])), tensors)
 
 
+class CopiedLate(Composed):
+    """Copies lengths at the first launch with some metadata, so that only a launch before the refill shows it."""
+
+    def forward(self, metadata, tensors):
+        kept = self.__dict__.setdefault("kept", {})
+
+        def copied(held):
+            lengths = kept.setdefault(id(metadata[0]), held.decode.seq_lens.clone())
+            return dataclasses.replace(held, decode=dataclasses.replace(held.decode, seq_lens=lengths))
+
+        return super().forward((copied(metadata[0]), copied(metadata[1])), tensors)
+
+
 class KeepsTheSplit(Composed):
     """Takes every batch to have as many decoded requests as the first one had."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
+import test_indexer
 import torch
 import torch_kernels as right
 from test_invariants import PROFILE, like, session
@@ -13,7 +15,9 @@ from test_invariants import PROFILE, like, session
 from m3check import cases, invariants, kernels, runner
 from m3check.arch import ARCHS, find_arch, present
 from m3check.kernels import overlap, producer, replay
-from m3check.types import PlanLine, Profile, Status
+from m3check.kernels.composed import Composed, ComposedMaker
+from m3check.kernels.provider import Loaded, with_chains
+from m3check.types import OPS, Kernel, PlanLine, Profile, Status
 
 CASES = (
     "index_score/q=3+2,kv=447+305,h=2,d=64",
@@ -153,6 +157,64 @@ def test_graph_catches_live_rows_counted_at_capture(replays):
     assert "fewer live rows" in result.reason
 
 
+STEP = "indexer/q=1x3,kv=300+0+520,h=2,g=2,d=16,topk=2"
+
+
+def into_the_buffer(out, **arguments):
+    out.copy_(right.index_decode(**arguments))
+
+
+def served(replays, kind=Composed, case=STEP):
+    """A layer of host code around captured kernels: its metadata are those of a graph captured on the batch before."""
+    functions = {op: replays.captured(getattr(right, op), op) for op in OPS["indexer"].chain}
+    functions["index_decode"] = select = replays.captured(into_the_buffer, "index_decode")
+    known = inspect.signature(right.index_decode).parameters.values()
+    select.__signature__ = inspect.Signature([*known, inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY)])
+    parts = {op: Kernel("user", op, op, PROFILE, test_indexer.launched(function)) for op, function in functions.items()}
+
+    class Maker(ComposedMaker):
+        def __call__(self, figures, buffers):
+            return kind(self.parts, figures, buffers)
+
+    kernel = replace(with_chains(parts, {})[0]["indexer"], function=Maker(parts))
+    made = replace(session({}), evidence="device", loaded=Loaded.of({"indexer": kernel}))
+    parsed = cases.parse_id(case)
+    return runner.run_one(parsed, made, PlanLine(case, "indexer", "user", "device", None, ("stale",)), "")
+
+
+def test_a_step_is_captured_and_replayed_on_a_device(replays):
+    result = served(replays)
+    assert result.status is Status.PASSED, result.reason
+    assert "stale" in {f.check for f in result.findings}
+    assert len(replays.calls) == 2, "selection and attention, as they were captured"
+
+
+class Waits(Composed):
+    """Asks for the longest length while it is captured."""
+
+    replays: Replays
+
+    def forward(self, metadata, tensors):
+        assert self.replays.mode != "capture", "operation not permitted when stream is capturing"
+        return super().forward(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (test_indexer.HostLengths, "captured and replayed"),
+        (test_indexer.CopiedLate, "captured and replayed"),
+        (Waits, "not permitted when stream is capturing"),
+    ],
+)
+def test_a_graph_of_a_step_shows_what_its_replay_cannot_know(replays, kind, words):
+    Waits.replays = replays
+    result = served(replays, kind)
+    assert result.status is Status.FAILED
+    assert {f.check for f in result.findings if f.status is Status.FAILED} == {"stale"}
+    assert words in result.reason
+
+
 def test_a_kernel_that_cannot_be_captured_is_noted_and_red_where_it_promised(replays):
     @like("index_score")
     def synchronises(**arguments):
@@ -261,7 +323,7 @@ def test_launches_in_flight_do_not_share_their_metadata(replays, case, monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "indexer/q=2x3,kv=385+0+1,h=2,g=2,d=64,topk=2,mq=2"])
 def test_our_triton_kernels_hold_every_invariant_on_this_gpu(case):
     index, name = next((i, name) for i, name in present() if name in ARCHS)
     arch = find_arch(name)

@@ -8,7 +8,7 @@ be told from what moved.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,8 @@ class _Stage:
         self.lengths = torch.zeros(self.max_requests, dtype=torch.int32, device=self.device)
         self.tables = {name: _persistent(pages, self.max_requests) for name, pages in self.pages.items()}
         self.implementation: Implementation = kernel.function(figures, Buffers(ids, self.scores.view))
+        self.name = kernel.name
+        self.replay: Callable[[], Sequence[Tensor | None]] | None = None
 
     def _buffers(self, layout: str, inputs: Inputs) -> tuple[Guard, Guard, Guard]:
         import torch
@@ -143,7 +145,8 @@ class _Stage:
         )  # fmt: skip
 
     def metadata(self, served: Any) -> tuple[Any, Any]:
-        """Metadata of the step; where the world says `stale`, those of the batch before it, whose memory is the same."""
+        """Metadata of the step; where the world says `stale` or `captured`, those of the batch before it, whose memory is
+        the same. A captured step was launched, and its graph made, when that memory still held the batch before."""
         from m3check.kernels.syncs import Watch
 
         earlier = _earlier(self.case, self.world.earlier)
@@ -151,6 +154,8 @@ class _Stage:
         if self.world.earlier == "other":  # its rows are cut from the same queries, so that ids and scores are some
             self.implementation.forward(first, self.tensors)
             self.output.reset()
+        if self.world.earlier == "captured":
+            self.replay = self._captured(first)
         addresses = dict(_tensors(first))
         batch = self.filled(_Rows.of(self.case))
         host = [batch.query_starts_host, batch.seq_lens_host]
@@ -159,12 +164,30 @@ class _Stage:
             second = self.implementation.build(batch)
         served.waits = [f"build: {place}" for place in watch.found]
         served.moved = _moved(addresses, dict(_tensors(second)))
-        return first if self.world.earlier == "stale" else second
+        return first if self.world.earlier in ("stale", "captured") else second
+
+    def _captured(self, metadata: tuple[Any, Any]) -> Callable[[], Sequence[Tensor | None]]:
+        """Capture a step in a CUDA graph; what replays it and returns the lists that the captured step returned."""
+        import torch
+
+        from m3check.kernels.replay import captured
+
+        graph, returned = captured(lambda: self.implementation.forward(metadata, self.tensors), self.name)
+        self.output.reset()
+
+        def replay() -> Sequence[Tensor | None]:
+            graph.replay()
+            torch.cuda.synchronize(self.device)
+            return returned
+
+        return replay
 
     def forward(self, metadata: tuple[Any, Any], served: Any) -> Sequence[Tensor | None]:
         """Launch the step; host code that waits for the device is noted."""
         from m3check.kernels.syncs import Watch
 
+        if self.replay is not None:
+            return self.replay()
         device = [tensor for tensor in vars(self.tensors).values() if tensor is not None]
         device += [self.ids.view, self.scores.view, *(tensor for _, tensor in _tensors(metadata))]
         with Watch(device, []) as watch:

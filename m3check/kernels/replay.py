@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from m3check.kernels.contract import Prepared, prepare
 from m3check.types import OPS, Inputs, Kernel, M3CheckError
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from m3check.paging import Run, World
+
+
+Answer = TypeVar("Answer")
 
 
 class CannotCapture(M3CheckError):
@@ -57,14 +60,14 @@ def taken(prepared: Sequence[Prepared], results: Sequence[Any], inputs: Inputs) 
     return total
 
 
-def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run]:
-    """Capture a graph on the first inputs; replay it with the contents of each of the others in the same tensors.
+def captured(launched: Callable[[], Answer], name: str) -> tuple[Any, Answer]:
+    """(a CUDA graph of what `launched` launches, what it returned while it was captured).
 
-    Raises CannotCapture for a kernel that waits for the device.
+    It is called once before, on the same kind of stream, so that kernels are compiled and tuned. What it reads and writes
+    must lie where it lies as long as the graph is replayed. Raises CannotCapture where it waits for the device.
     """
     import torch
 
-    captured = stages(kernel, inputs[0], world)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
@@ -72,22 +75,34 @@ def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run
     torch.cuda.set_sync_debug_mode("error")  # a wait raises here, where it harms no capture
     try:
         with torch.cuda.stream(stream):
-            launch(captured)  # compiled and tuned before the capture
+            launched()
         torch.cuda.set_sync_debug_mode(before)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
-            results = launch(captured)
+            returned = launched()
     except (RuntimeError, AssertionError) as error:
-        raise CannotCapture(f"{kernel.name} cannot be captured in a graph: {' '.join(str(error).split())[:200]}") from error
+        raise CannotCapture(f"{name} cannot be captured in a graph: {' '.join(str(error).split())[:200]}") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    return graph, returned
+
+
+def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run]:
+    """Capture a graph on the first inputs; replay it with the contents of each of the others in the same tensors.
+
+    Raises CannotCapture for a kernel that waits for the device.
+    """
+    import torch
+
+    first = stages(kernel, inputs[0], world)
+    graph, results = captured(lambda: launch(first), kernel.name)
     runs = []
     for each in inputs[1:]:
-        for stage, new in zip(captured, stages(kernel, each, world), strict=True):
+        for stage, new in zip(first, stages(kernel, each, world), strict=True):
             _copy(stage, new)
         graph.replay()
         torch.cuda.synchronize()
-        runs.append(taken(captured, results, each))
+        runs.append(taken(first, results, each))
     return runs
 
 

@@ -47,6 +47,8 @@ class Trial:
     replay: Callable[[Sequence[Inputs], World], list[Run] | str] | None = None
     """Capture a graph on the first inputs and replay it on the others, which differ in contents and lengths only; or the
     sentence why it cannot be captured."""
+    captured: Callable[[], Run | str] | None = None
+    """Of a mixed batch: capture the step before in a graph and replay it; or the sentence why it cannot be captured."""
     launches: Callable[[Sequence[tuple[Inputs, World]], int], list[tuple[int, Run]]] | None = None
     """Many launches in flight at once, a stream for each of some inputs; (which inputs, the run) of each launch."""
     behind: Callable[[Inputs, int], list[Run]] | None = None
