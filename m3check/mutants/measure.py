@@ -282,7 +282,7 @@ def _clean(made: Bench, line: PlanLine) -> dict[str, Any]:
 @contextmanager
 def _watched(origin: Sources) -> Iterator[dict[str, set[int]]]:
     """Collect the executed lines of a provider's files, rewritten by the interpreter or not."""
-    files = {str(origin.root / file): file for file in origin.files}
+    files = {str(origin.path(file)): file for file in origin.files}
     covered: dict[str, set[int]] = {}
 
     def trace(frame: Any, event: str, argument: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,22 @@ class Sources:
 
     spec: Spec
     name: str
-    root: Path
+    trees: Mapping[str, Path]
+    """Folders of kernel files below a package's home, and where that home is."""
     files: tuple[str, ...]
-    """Relative to `root`; empty for a provider whose sources are not edited, only wrapped."""
+    """Relative to the first tree that has them; empty for a provider whose sources are not edited, only wrapped."""
+
+    def path(self, file: str) -> Path:
+        """Where a file is."""
+        return self.trees[self.tree(file)] / self.tree(file) / file
+
+    def tree(self, file: str) -> str:
+        """The tree that a file is of."""
+        return next(tree for tree, home in self.trees.items() if (home / tree / file).is_file())
 
     def read(self, file: str) -> bytes:
         """One file's text."""
-        return (self.root / file).read_bytes()
+        return self.path(file).read_bytes()
 
 
 def sources(spec: Spec, arch: Arch, offline: bool) -> Sources:
@@ -41,17 +50,29 @@ def sources(spec: Spec, arch: Arch, offline: bool) -> Sources:
     if spec.provider == "triton":
         root = Path(kernels.__file__).parent / "triton"
         files = tuple(sorted(path.name for path in root.glob("*.py") if path.name not in TILES))
-        return Sources(spec, "triton", root, files)
+        return Sources(spec, "triton", {"": root}, files)
     if spec.provider == "vllm":
-        from m3check.kernels import vllm
-        from m3check.kernels.locate import TREE, locate
+        return _vllm(spec, arch, offline)
+    return Sources(spec, spec.provider, {}, ())
 
-        source = locate(spec, offline)
-        choices, _ = vllm.choose(source, arch)
-        prefix = TREE.replace("/", ".") + "."
-        modules = sorted({choice.module.removeprefix(prefix) for choice in choices.values()})
-        return Sources(spec, "vllm", source.folder / TREE, tuple(module.replace(".", "/") + ".py" for module in modules))
-    return Sources(spec, spec.provider, Path(), ())
+
+def _vllm(spec: Spec, arch: Arch, offline: bool) -> Sources:
+    """MiniMax-M3's files that production uses on the target, AMD's pieces among them, and those of latent attention."""
+    from m3check.kernels import vllm, vllm_amd, vllm_attention
+    from m3check.kernels.locate import TREE, locate
+
+    source = locate(spec, offline)
+    choices, missing = vllm.choose(source, arch)
+    prefix = TREE.replace("/", ".") + "."
+    files = {choice.module.removeprefix(prefix).replace(".", "/") for choice in choices.values()}
+    pieces = [piece for op, piece in vllm_amd.PIECES.items() if op not in missing]
+    files |= {f"amd/ops/{stem}" for piece in pieces for stem in piece.parts.values() if stem != vllm_amd.LIFTED}
+    trees, stems = {TREE: source.folder}, set[str]()
+    beside = vllm_attention.source(spec, source, offline)
+    if not isinstance(beside, str):
+        trees[vllm_attention.FOLDER] = beside.folder
+        stems = {stem for _, stem in vllm_attention.found(beside.folder).values()}
+    return Sources(spec, "vllm", trees, tuple(f"{stem}.py" for stem in (*sorted(files), *sorted(stems))))
 
 
 def load(origin: Sources, arch: Arch, evidence: Evidence, mutant: Mutant | None, folder: Path) -> Loaded:
@@ -112,11 +133,11 @@ def _ours(origin: Sources, mutant: Mutant, folder: Path) -> Spec:
 
 
 def _vllm_copy(origin: Sources, mutant: Mutant, folder: Path) -> Spec:
-    from m3check.kernels.locate import TREE
+    def unused(parent: str, names: Sequence[str]) -> list[str]:
+        return [name for name in names if not name.endswith(".py") and not Path(parent, name).is_dir()]
 
-    for branch in ("common", "amd", "nvidia"):
-        if (origin.root / branch / "ops").is_dir():
-            shutil.copytree(origin.root / branch / "ops", folder / TREE / branch / "ops")
+    for tree, home in origin.trees.items():
+        shutil.copytree(home / tree, folder / tree, ignore=unused)
     for file in {edit.file for edit in mutant.edits}:
-        (folder / TREE / file).write_bytes(edited(origin.read(file), mutant, file))
+        (folder / origin.tree(file) / file).write_bytes(edited(origin.read(file), mutant, file))
     return replace(origin.spec, version="", path=str(folder))
