@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -176,30 +175,3 @@ def _configurations(kernel: Kernel, session: Session) -> tuple[list[tuple[str, C
             interpret.pin_autotune(reached[name], None)
 
     return entries, unpin
-
-
-@contextmanager
-def fresh_garbage() -> Iterator[None]:
-    """torch.empty and its like inside the block give large finite numbers, and integers that look like block ids."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    from m3check import paging
-
-    fresh = {torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty}
-
-    class Garbage(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func in fresh and isinstance(result, torch.Tensor) and result.numel():
-                if not result.is_floating_point():
-                    result.fill_(1)
-                elif result.element_size() == 1:
-                    value = paging.filled([1], paging.poison_value(result.dtype, "garbage"), result.dtype, "cpu")
-                    result.view(torch.uint8).fill_(int(value.view(torch.uint8)))
-                else:
-                    result.fill_(paging.poison_value(result.dtype, "garbage"))
-            return result
-
-    with Garbage():
-        yield

@@ -12,9 +12,10 @@ import pytest
 import torch_kernels as right
 from test_invariants import like, session
 
-from m3check import cases, runner, soak
+from m3check import cases, soak
 from m3check.config import RunOptions
 from m3check.isolate import Death
+from m3check.runner import result
 from m3check.types import M3CheckError, PlanLine, Result, Status
 
 CASE = "index_decode_score/q=2,kv=700,h=2,d=64"
@@ -134,13 +135,13 @@ def test_a_mistyped_range_is_a_sentence_and_exit_code_4():
 
 def test_references_may_run_elsewhere_than_the_kernel(monkeypatch):
     """What a kernel is given goes to its device, what it made comes back to be judged."""
-    seen, moved = [], runner._moved
+    seen, moved = [], result._moved
 
     def spy(value, device):
         seen.append((type(value).__name__, device))
         return moved(value, device)
 
-    monkeypatch.setattr(runner, "_moved", spy)
+    monkeypatch.setattr(result, "_moved", spy)
     message = {"line": msgspec.to_builtins(LINE), "seeds": [1, 2], "repro": "", "judged_on": "cpu"}
     reply = soak.answer(session({"index_decode_score": right.index_decode_score}), message)
     assert reply["tally"]["summary"] == {"passed": 2}
