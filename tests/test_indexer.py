@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,83 @@ class Copied(Shifted):
             return metadata
         lengths = metadata.decode.seq_lens.clone()
         return dataclasses.replace(metadata, decode=dataclasses.replace(metadata.decode, seq_lens=lengths))
+
+
+class Extended(Composed):
+    """Keeps what MSA's and AITER's builders keep besides: of tokens and requests, and a score buffer filled with -inf."""
+
+    spoiled: str = ""
+
+    def kept(self, tensor):
+        return tensor.clone() if self.spoiled == "moved" else tensor
+
+    def build(self, batch):
+        self.seen = getattr(self, "seen", -1) + 1
+        index, main = super().build(batch)
+        if not self.seen:
+            rows = self._figures.max_tokens
+            self.pages_seen, self.rebased = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+            self.unified = torch.zeros(rows, self._figures.kv_heads, 8, dtype=torch.float32)
+        tokens, decodes = batch.tokens, index.num_decodes
+        lengths = batch.query_starts.diff()
+        self.pages_seen[:tokens] = batch.positions // 128 + (self.spoiled != "valid")
+        if not (self.spoiled == "scores" and self.seen):
+            self.unified[:tokens] = -torch.inf
+        page = 256 if self.spoiled != "page16" else 128
+        slots = batch.slots.clamp(min=0) // 128 * page + batch.slots % 128
+        self.rebased[:tokens] = slots.where(batch.slots >= 0, 0 if self.spoiled == "padding" else batch.slots)
+        more = {
+            "topk_num_valid_pages": self.kept(self.pages_seen[:tokens]),
+            "topk_prefix_lens": self._prefix[: batch.requests],
+            "topk_cu_seqlens_q": batch.query_starts,
+            "unified_scores": self.unified[:tokens],
+            "max_k_tiles": 1 if self.spoiled == "tiles" else 8,
+            "slot_mapping": batch.slots,
+            "page16_slot_mapping": self.rebased[:tokens],
+        }
+        prefill = index.prefill and SimpleNamespace(
+            **vars(index.prefill),
+            query_req_id=torch.arange(len(lengths) - decodes).repeat_interleave(lengths[decodes:])
+            + (decodes if self.spoiled == "request" else 0),
+            query_abs_pos=batch.positions[index.num_decode_tokens :] + (self.spoiled == "position"),
+        )
+        held = SimpleNamespace(**{**vars(index), **more, "prefill": prefill})
+        return held, main
+
+    def forward(self, metadata, tensors):
+        prefill = metadata[0].prefill
+        known = {n: v for n, v in vars(prefill).items() if not n.startswith("query_")} if prefill else None
+        index = SimpleNamespace(**{**vars(metadata[0]), "prefill": known and SimpleNamespace(**known)})
+        return super().forward((index, metadata[1]), tensors)
+
+
+def extended(spoiled: str) -> type[Composed]:
+    return type(f"Extended{spoiled}", (Extended,), {"spoiled": spoiled})
+
+
+@pytest.mark.parametrize("text", ALL)
+def test_what_other_builders_keep_besides_is_read_where_it_is_there(text):
+    told = result(text, Extended, invariants=("steps",))
+    assert told.status is Status.PASSED, (told.reason, red(told))
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        ("valid", "topk_num_valid_pages` of the indexer's metadata: holds 2+1+4"),
+        ("scores", "`index.unified_scores`: not -inf after `build`"),
+        ("moved", "`index.topk_num_valid_pages`: moved between two batches"),
+        ("tiles", "max_k_tiles` of the indexer's metadata: holds 1, less than the longest, 5"),
+        ("page16", "page16_slot_mapping` of the indexer's metadata"),
+        ("padding", "page16_slot_mapping` of the indexer's metadata"),
+        ("request", "prefill.query_req_id` of the indexer's metadata: holds 2+3+3+3+3, wanted 0+1+1+1+1"),
+        ("position", "prefill.query_abs_pos` of the indexer's metadata"),
+    ],
+)
+def test_what_other_builders_keep_besides_is_held_to_the_batch(spoiled, words):
+    text = MIXED if spoiled in ("valid", "tiles") else DRAFTS
+    told = red(result(text, extended(spoiled)))
+    assert words in told.get("metadata", ""), told
 
 
 class Waits(Composed):

@@ -7,19 +7,20 @@ objects are judged; what one of them lacks is not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 from m3check.checks.view import View
-from m3check.types import Finding, Status
+from m3check.types import BLOCK, Finding, Status
 
 COUNTS = ("num_decodes", "num_decode_tokens", "num_prefills", "num_prefill_tokens")
 
 VECTORS: Mapping[str, tuple[tuple[str, ...], str, str]] = {  # attributes: (its names, entry of the reference, words)
     "decode_seq_lens": (("decode.seq_lens",), "decode_seq_lens", "visible tokens of the decoded requests"),
     "prefill_seq_lens": (("prefill.seq_lens",), "prefill_seq_lens", "visible tokens of the prefilled requests"),
-    "prefix_lens": (("prefill.prefix_lens", "prefill.context_lens"), "prefill_prefix_lens",
+    "prefix_lens": (("prefill.prefix_lens", "prefill.context_lens", "prefill_msa.prefix_lens"), "prefill_prefix_lens",
                     "tokens before the first query of each prefilled request: seq_lens - query lengths"),
-    "cu_seqlens_q": (("prefill.cu_seqlens_q",), "prefill_cu_seqlens_q",
+    "cu_seqlens_q": (("prefill.cu_seqlens_q", "prefill_msa.cu_seqlens_q"), "prefill_cu_seqlens_q",
                      "first query row of each prefilled request, counted from the first prefilled row"),
 }  # fmt: skip
 
@@ -38,6 +39,9 @@ def check_metadata(view: View) -> list[Finding]:
     for name, one, two in _unlike(served.index, served.main):
         where = f"`{name}` of the indexer's and of attention's metadata"
         return [Finding("metadata", Status.FAILED, 1.0, 0.0, where, f"{one} and {two}: they split the batch differently")]
+    if served.unset:
+        hint = "not -inf after `build`: what an earlier step left in a cell that no kernel of this one writes may be chosen"
+        return [Finding("metadata", Status.FAILED, float(len(served.unset)), 0.0, f"`{served.unset[0]}`", hint)]
     if served.moved:
         hint = "a captured graph reads the old place in every replay; views of persistent memory stay where they are"
         where = f"`{served.moved[0]}`"
@@ -58,8 +62,9 @@ def _faults(held: Mapping[str, Any], wanted: Mapping[str, list[int]], view: View
     if tokens is not None and tokens != case.total_queries:
         yield "num_actual_tokens", f"holds {tokens}, wanted {case.total_queries}"
     for part, count in (("decode", "num_decodes"), ("prefill", "num_prefills")):
-        if (held.get(part) is not None) != bool(wanted[count][0]):
-            yield part, f"is {'there' if held.get(part) is not None else 'None'}, of {wanted[count][0]} requests"
+        there = part in held or f"{part}_msa" in held
+        if there != bool(wanted[count][0]):
+            yield part, f"is {'there' if there else 'None'}, of {wanted[count][0]} requests"
     for names, entry, words in VECTORS.values():
         for name in names:
             value = _at(held, name)
@@ -71,6 +76,7 @@ def _faults(held: Mapping[str, Any], wanted: Mapping[str, list[int]], view: View
                     yield name, f"holds {_lengths(cells)}, wanted {_lengths(wanted[entry])}: {words}"
     yield from _limits(held, wanted, view)
     yield from _sums(held, wanted)
+    yield from _tokens(held, wanted, view)
 
 
 def _limits(held: Mapping[str, Any], wanted: Mapping[str, list[int]], view: View) -> Iterator[tuple[str, str]]:
@@ -83,6 +89,9 @@ def _limits(held: Mapping[str, Any], wanted: Mapping[str, list[int]], view: View
         ("decode.max_seq_len", max(case.kv_lens[:n], default=0)),
         ("prefill.max_query_len", max(case.query_lens[n:], default=0)),
         ("prefill.max_seq_len", max(case.kv_lens[n:], default=0)),
+        ("prefill_msa.max_query_len", max(case.query_lens[n:], default=0)),
+        ("max_k_tiles", case.block_columns),
+        ("prefill_msa.plan.max_k_tiles", _at(held, "max_k_tiles") or 0),
     )
     for name, longest in least:
         value = _at(held, name)
@@ -102,6 +111,9 @@ def _sums(held: Mapping[str, Any], wanted: Mapping[str, list[int]]) -> Iterator[
     total = _at(held, "prefill.total_kv_blocks")
     if total is not None and total < len(wanted["prefill_pages"]):
         yield "prefill.total_kv_blocks", f"holds {total}, less than the {len(wanted['prefill_pages'])} blocks there are"
+    flat = _at(held, "prefill_msa.page_table")
+    if isinstance(flat, tuple) and len(flat[1]) != len(wanted["prefill_pages"]):
+        yield "prefill_msa.page_table", f"has {len(flat[1])} pages, wanted {len(wanted['prefill_pages'])}"
     pages, table = _at(held, "prefill.page_table"), _at(held, "prefill.block_table")
     if isinstance(pages, tuple) and isinstance(table, tuple):
         [first] = wanted["num_decodes"]
@@ -111,6 +123,33 @@ def _sums(held: Mapping[str, Any], wanted: Mapping[str, list[int]]) -> Iterator[
                 "prefill.page_table",
                 f"holds {_lengths(pages[1])}, wanted {_lengths(right)}: each request's pages in turn",
             )
+
+
+def _tokens(held: Mapping[str, Any], wanted: Mapping[str, list[int]], view: View) -> Iterator[tuple[str, str]]:
+    """What some implementations keep of each query token, and of all requests; rows that see no token bound nothing."""
+    case, served = view.case, view.run.served
+    assert served is not None
+    prefixes = [kv - q for q, kv in zip(case.query_lens, case.kv_lens, strict=True)]
+    positions = [prefix + i for prefix, q in zip(prefixes, case.query_lens, strict=True) for i in range(q)]
+    [decodes], [rows] = wanted["num_decodes"], wanted["num_decode_tokens"]
+    request = [r for r, q in enumerate(case.query_lens[decodes:]) for _ in range(q)]
+    right: Mapping[str, tuple[list[int | None], str]] = {
+        "slot_mapping": ([*served.slots], "where each token is inserted"),
+        "page16_slot_mapping": ([s + max(s, 0) // BLOCK * BLOCK for s in served.slots],
+                                "slot // 128 · 256 + slot % 128, negative ones kept"),
+        "topk_num_valid_pages": ([p // BLOCK + 1 if p >= 0 else None for p in positions], "blocks that each token sees"),
+        "topk_prefix_lens": ([*prefixes], "tokens before the first query of each request"),
+        "topk_cu_seqlens_q": ([0, *accumulate(case.query_lens)], "first query row of each request"),
+        "prefill.query_req_id": ([*request], "request of each prefilled token"),
+        "prefill.query_abs_pos": ([*positions[rows:]], "position of each prefilled token"),
+    }  # fmt: skip
+    for name, (cells, words) in right.items():
+        value = _at(held, name)
+        if not isinstance(value, tuple):
+            continue
+        if len(value[1]) != len(cells) or any(b not in (None, a) for a, b in zip(value[1], cells, strict=True)):
+            told = "+".join("?" if cell is None else str(cell) for cell in cells)
+            yield name, f"holds {_lengths(value[1])}, wanted {_lengths([told])}: {words}"
 
 
 def _unlike(one: Mapping[str, Any], two: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SPARE_TOKENS, SPARE_REQUESTS = 5, 3
 """What the largest batch has more than the case."""
 
+CAPTURED = (".prefix_lens", ".context_lens", ".unified_scores", ".topk_num_valid_pages", ".topk_prefix_lens",
+            ".topk_cu_seqlens_q", ".page16_slot_mapping")  # fmt: skip
+"""Tensors of metadata that a captured graph reads, beside those of the decoded part."""
+
 
 def call(kernel: Kernel, inputs: Inputs, world: World, observe: Observe | None = None) -> Run:
     """Run one step; ids are read from the persistent buffer, in the layout that it was allocated with."""
@@ -90,6 +94,7 @@ class _Stage:
         )  # fmt: skip
         self.starts = torch.zeros(self.max_requests + 1, dtype=torch.int32, device=self.device)
         self.lengths = torch.zeros(self.max_requests, dtype=torch.int32, device=self.device)
+        self.positions, self.slots = (torch.zeros(self.max_tokens, dtype=torch.int64, device=self.device) for _ in "ps")
         self.tables = {name: _persistent(pages, self.max_requests) for name, pages in self.pages.items()}
         self.implementation: Implementation = kernel.function(figures, Buffers(ids, self.scores.view))
         self.name = kernel.name
@@ -139,14 +144,21 @@ class _Stage:
         self.lengths[:count] = lengths_host.to(self.device)
         for name, table in self.tables.items():
             table[:count] = self.pages[name].table[list(batch.requests)]
+        tokens, placed = starts[-1], batch.placed(self.pages["main"])
+        for held, values in ((self.positions, placed[0]), (self.slots, placed[1])):
+            held[:tokens] = torch.tensor(values, dtype=torch.int64, device=self.device)
         return Batch(
             self.starts[: count + 1], starts_host, self.lengths[:count], lengths_host,
-            self.tables["index"][:count], self.tables["main"][:count], max(batch.query_lens), self.max_seq_len,
+            self.tables["index"][:count], self.tables["main"][:count], self.positions[:tokens], self.slots[:tokens],
+            max(batch.query_lens), self.max_seq_len,
         )  # fmt: skip
 
     def metadata(self, served: Any) -> tuple[Any, Any]:
         """Metadata of the step; where the world says `stale` or `captured`, those of the batch before it, whose memory is
         the same. A captured step was launched, and its graph made, when that memory still held the batch before."""
+        import torch
+
+        from m3check import paging
         from m3check.kernels.syncs import Watch
 
         earlier = _earlier(self.case, self.world.earlier)
@@ -157,13 +169,20 @@ class _Stage:
         if self.world.earlier == "captured":
             self.replay = self._captured(first)
         addresses = dict(_tensors(first))
+        for tensor in addresses.values():
+            if tensor.is_floating_point():  # scores, as a step leaves them
+                tensor.fill_(paging.poison_value(tensor.dtype, "garbage"))
         batch = self.filled(_Rows.of(self.case))
         host = [batch.query_starts_host, batch.seq_lens_host]
-        device = [batch.query_starts, batch.seq_lens, batch.index_table, batch.main_table]
+        device = [getattr(batch, each.name) for each in dataclasses.fields(batch)]
+        device = [each for each in device if isinstance(each, torch.Tensor) and all(each is not held for held in host)]
         with Watch(device, host) as watch:
             second = self.implementation.build(batch)
         served.waits = [f"build: {place}" for place in watch.found]
-        served.moved = _moved(addresses, dict(_tensors(second)))
+        after = dict(_tensors(second))
+        served.moved = _moved(addresses, after)
+        served.slots = batch.slots.tolist()
+        served.unset = [name for name, tensor in after.items() if _kept_scores(tensor)]
         return first if self.world.earlier in ("stale", "captured") else second
 
     def _captured(self, metadata: tuple[Any, Any]) -> Callable[[], Sequence[Tensor | None]]:
@@ -196,9 +215,9 @@ class _Stage:
         return returned
 
     def inputs(self, metadata: tuple[Any, Any]) -> list[tuple[str, Tensor]]:
-        """What a step reads, by name."""
+        """What a step reads and must not write, by name; scores that metadata hold are written."""
         own = ((name, tensor) for name, tensor in vars(self.tensors).items() if name != "output" and tensor is not None)
-        return [*own, *_tensors(metadata)]
+        return [*own, *((name, tensor) for name, tensor in _tensors(metadata) if not tensor.is_floating_point())]
 
     def territories(self, metadata: tuple[Any, Any]) -> tuple[Any, ...]:
         """What the kernels may do with each tensor; of caches and scales they may read the pages of the requests."""
@@ -236,6 +255,17 @@ class _Rows:
     @classmethod
     def of(cls, case: Case) -> _Rows:
         return cls(tuple(range(len(case.kv_lens))), case.query_lens, case.kv_lens)
+
+    def placed(self, pages: Pages) -> tuple[list[int], list[int]]:
+        """(position, slot) of each query token; 0 and -1 in rows that see no token."""
+        table = pages.table.tolist()
+        positions, slots = [], []
+        for request, query_len, kv_len in zip(self.requests, self.query_lens, self.kv_lens, strict=True):
+            for position in range(kv_len - query_len, kv_len):
+                page, offset = divmod(max(position, 0), BLOCK)
+                positions.append(max(position, 0))
+                slots.append(table[request][page] * BLOCK + offset if position >= 0 else -1)
+        return positions, slots
 
 
 def _earlier(case: Case, how: str) -> _Rows:
@@ -294,8 +324,8 @@ def _plain(held: Any) -> Any:
     """A metadata object as nested dicts of figures and (dtype, values); what is neither is left out."""
     import torch
 
-    if isinstance(held, torch.Tensor):
-        return str(held.dtype).removeprefix("torch."), held.tolist()
+    if isinstance(held, torch.Tensor):  # of scores the step's own outputs tell
+        return None if held.is_floating_point() else (str(held.dtype).removeprefix("torch."), held.tolist())
     if isinstance(held, int | float | bool) or held is None:
         return held
     return {name: plain for name, value in _attributes(held).items() if (plain := _plain(value)) is not None}
@@ -305,11 +335,16 @@ def _moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     """Tensors that a captured graph reads and that do not lie where those of the batch before lay."""
     found = []
     for name, tensor in after.items():
-        captured = ".decode." in name or name.endswith((".prefix_lens", ".context_lens"))
+        captured = ".decode." in name or name.endswith(CAPTURED)
         old = before.get(name)
         if captured and old is not None and tensor.numel() and old.numel() and _storage(old) != _storage(tensor):
             found.append(name)
     return found
+
+
+def _kept_scores(tensor: Tensor) -> bool:
+    """Whether a score buffer that metadata hold was not filled with -inf, so that a block of nobody could be chosen."""
+    return tensor.is_floating_point() and bool((tensor != float("-inf")).any())
 
 
 def _storage(tensor: Tensor) -> int:

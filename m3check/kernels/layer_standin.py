@@ -153,8 +153,10 @@ class LayerWorld(World):
             get_kv_quant_mode=lambda word: SimpleNamespace(is_nvfp4=word.startswith("nvfp4")),
             SparseCacheRole=SimpleNamespace(INDEXER="indexer"),
         )
-        off = SimpleNamespace(is_enabled=lambda: False, is_shuffle_kv_cache_enabled=lambda: False)
-        self._names("vllm._aiter_ops", rocm_aiter_ops=off)
+        self.aiter = False
+        """Whether AITER and its shuffled cache layout are on: builders then keep what its attention reads as well."""
+        asked = SimpleNamespace(is_enabled=lambda: self.aiter, is_shuffle_kv_cache_enabled=lambda: self.aiter)
+        self._names("vllm._aiter_ops", rocm_aiter_ops=asked)
 
     def only_named(self, *modules: str) -> None:
         """Let classes of these modules be named though their files are not executed."""

@@ -66,6 +66,10 @@ class Batch:
     """[R, columns] int32: pages of the index cache."""
     main_table: Tensor
     """[R, columns] int32: pages of the main cache."""
+    positions: Tensor
+    """[T] int64: each query token's place in its request; 0 in rows that see no token."""
+    slots: Tensor
+    """[T] int64: page · 128 + offset of each query token in the main cache; -1 in rows that see no token."""
     max_query_len: int
     max_seq_len: int
 

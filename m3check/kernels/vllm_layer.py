@@ -69,7 +69,9 @@ def put_in(kernels: dict[str, Kernel], absent: dict[str, str], folder: Path, arc
         del kernels["indexer"]
         absent["indexer"] = sentence
         return
-    maker = LayerMaker(LayerWorld(folder, arch, pdl), buffer_layout(folder, arch))
+    world = LayerWorld(folder, arch, pdl)
+    world.aiter = arch.vendor == "amd"  # not its attention, which is in no wheel: what the builders make for it
+    maker = LayerMaker(world, buffer_layout(folder, arch))
     kernels["indexer"] = replace(kernels["indexer"], name=" + ".join(NAMES), function=maker)
 
 
@@ -172,7 +174,8 @@ def _common(batch: Batch, table: Tensor) -> Common:
         batch.seq_lens_host,
         num_actual_tokens=batch.tokens,
         block_table_tensor=table,
-        slot_mapping=None,
+        slot_mapping=batch.slots,
+        positions=batch.positions,
         max_query_len=batch.max_query_len,
         max_seq_len=batch.max_seq_len,
     )

@@ -44,6 +44,10 @@ class Served:
     """Tensors of them that a captured graph reads and that lay elsewhere for the batch before."""
     waits: list[str] = field(default_factory=list)
     """Reads of device memory by host code, with their source lines."""
+    slots: list[int] = field(default_factory=list)
+    """Of each query token, where it is inserted in the main cache; -1 for nowhere."""
+    unset: list[str] = field(default_factory=list)
+    """Score buffers of the metadata that `build` did not fill with -inf."""
     returned: list[tuple[str, list[int], bool, bool] | None] = field(default_factory=list)
     """Of each id list that the indexer returned: part, shape, whether in the id buffer, whether equal to its rows there."""
 
