@@ -41,16 +41,11 @@ function histogram(ratios) {
       svg("title", {}, `${from} ${to}: ${COUNT.format(count)}`),
     );
   });
-  return svg(
-    "svg",
-    {
-      class: "histogram",
-      viewBox: `0 0 ${BINS * BIN} ${HEIGHT + 1}`,
-      width: BINS * BIN,
-      height: HEIGHT + 1,
-      role: "img",
-      "aria-label": told,
-    },
+  return picture(
+    told,
+    BINS * BIN,
+    HEIGHT + 1,
+    { class: "histogram" },
     svg("title", {}, told),
     svg("line", { class: "floor", x1: 0, x2: BINS * BIN, y1: HEIGHT + 0.5, y2: HEIGHT + 0.5 }),
     svg("line", { class: "limit", x1: LIMIT_AT - 0.5, x2: LIMIT_AT - 0.5, y1: 0, y2: HEIGHT }),

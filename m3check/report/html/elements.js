@@ -24,9 +24,13 @@ const button = (text, onclick, words = {}) => h("button", { type: "button", ...w
 const quiet = (...children) => h("p", { class: "quiet" }, children);
 const alarming = (text) => h("b", { class: "redtext" }, text);
 
+// A drawing that is read out as one sentence.
+const picture = (told, width, height, words, ...children) =>
+  svg("svg", { ...words, viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": told }, children);
+
 // Wider than a window may be: scrolls by itself, and from a keyboard.
-const scrolled = (name, picture) =>
-  h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": name }, picture);
+const scrolled = (name, child) =>
+  h("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": name }, child);
 
 const COUNT = new Intl.NumberFormat("en-US");
 const counted = (n, thing) => `${COUNT.format(n)} ${thing}${n === 1 ? "" : "s"}`;

@@ -30,6 +30,10 @@ function meaning(character, output) {
       : "within the limit";
 }
 
+// A picture under its caption, which may show a key.
+const framed = (kind, caption, key, drawing) =>
+  h("figure", { class: kind }, h("figcaption", {}, caption, key), scrolled(caption, drawing));
+
 function heatMap(map, output) {
   const wide = Math.max(1, ...map.cells.map((line) => [...line].length));
   const tall = map.cells.length;
@@ -58,30 +62,19 @@ function heatMap(map, output) {
     ...(wide > 16 ? [8, 16, 24, 32, 40, 48, 56].filter((x) => x < wide - 4) : []),
     ...(wide > 1 ? [wide - 1] : []),
   ];
-  return h(
-    "figure",
-    { class: "heat" },
-    h("figcaption", {}, caption),
-    scrolled(
-      caption,
-      svg(
-        "svg",
-        {
-          viewBox: `0 0 ${width} ${height}`,
-          width,
-          height,
-          role: "img",
-          "aria-label": `${caption}; ${counted(cells.length, "cell")} marked`,
-        },
-        svg("rect", { class: "ground", x: LEFT, y: 0, width: wide * CELL - 1, height: tall * CELL - 1 }),
-        cells,
-        map.labels.map((label, y) => svg("text", { x: LEFT - 6, y: y * CELL + 8.5, "text-anchor": "end" }, label)),
-        ticks.map((x) =>
-          svg("text", { x: LEFT + x * CELL + CELL / 2, y: tall * CELL + 10, "text-anchor": "middle" }, x * map.step),
-        ),
-      ),
+  const drawing = picture(
+    `${caption}; ${counted(cells.length, "cell")} marked`,
+    width,
+    height,
+    {},
+    svg("rect", { class: "ground", x: LEFT, y: 0, width: wide * CELL - 1, height: tall * CELL - 1 }),
+    cells,
+    map.labels.map((label, y) => svg("text", { x: LEFT - 6, y: y * CELL + 8.5, "text-anchor": "end" }, label)),
+    ticks.map((x) =>
+      svg("text", { x: LEFT + x * CELL + CELL / 2, y: tall * CELL + 10, "text-anchor": "middle" }, x * map.step),
     ),
   );
+  return framed("heat", caption, null, drawing);
 }
 
 // The shades as one row of doublings, and each mark with its words.
@@ -165,33 +158,11 @@ function batch(result) {
   const width = LEFT + wide + 64;
   const which = shown.length < kv.length ? `${shown.length} of ${kv.length} requests` : counted(kv.length, "request");
   const caption = `The batch: context and, at its end, the queries of ${which}; where the findings point`;
-  return h(
-    "figure",
-    { class: "batch" },
-    h(
-      "figcaption",
-      {},
-      caption,
-      " ",
-      svg(
-        "svg",
-        { width: 11, height: 11, class: "key", "aria-hidden": "true" },
-        svg("path", { class: "place", d: "M5.5 0.5 l5 5 l-5 5 l-5 -5 z" }),
-      ),
-    ),
-    scrolled(
-      caption,
-      svg(
-        "svg",
-        {
-          viewBox: `0 0 ${width} ${height}`,
-          width,
-          height,
-          role: "img",
-          "aria-label": `${caption}: ${places.map(([finding]) => finding.where).join("; ")}`,
-        },
-        bars,
-      ),
-    ),
+  const key = svg(
+    "svg",
+    { width: 11, height: 11, class: "key", "aria-hidden": "true" },
+    svg("path", { class: "place", d: "M5.5 0.5 l5 5 l-5 5 l-5 -5 z" }),
   );
+  const told = `${caption}: ${places.map(([finding]) => finding.where).join("; ")}`;
+  return framed("batch", caption, [" ", key], picture(told, width, height, {}, bars));
 }
