@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,28 @@ class Source:
     warnings: tuple[str, ...] = ()
 
 
+class Sources:
+    """The kernel files of each spec of one project, looked for once in a process."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+        self._held: dict[Spec, Source | None] = {}
+
+    def prepare(self, spec: Spec, offline: bool) -> tuple[str, ...]:
+        """Find or fetch the files; raises M3CheckError where there are none. Returns what the user should know of them."""
+        self._held[spec] = source = locate(spec, offline, self._project)
+        return source.warnings
+
+    def here(self, spec: Spec) -> Source | None:
+        """The files as far as this machine has them; nothing is fetched."""
+        if spec not in self._held:
+            try:
+                self._held[spec] = locate(spec, True, self._project)
+            except M3CheckError:
+                self._held[spec] = None
+        return self._held[spec]
+
+
 def locate(spec: Spec, offline: bool, project: Project = VLLM) -> Source:
     """The kernel files that a spec names."""
     if spec.version:
@@ -35,6 +58,14 @@ def locate(spec: Spec, offline: bool, project: Project = VLLM) -> Source:
     if spec.path:
         return _at(project, Path(spec.path))
     return _installed(project)
+
+
+def import_failure(source: Source, project: Project, module: str, error: Exception) -> M3CheckError:
+    """What to raise where a module of the files raised while it was imported: the innermost line of theirs, and why."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(source.folder))]
+    file = source.folder.joinpath(*module.split(".")).with_suffix(".py")
+    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
+    return M3CheckError(f"{project.name} {source.version}: {where} does not import: {type(error).__name__}: {error}")
 
 
 def _installed(project: Project) -> Source:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from m3check.arch import Arch
 from m3check.kernels import named, reading, vllm_amd, vllm_attention, vllm_insert, vllm_layer
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import production
-from m3check.kernels.locate import TREE, Source, locate
+from m3check.kernels.locate import TREE, Source, Sources, import_failure, locate
+from m3check.kernels.project import VLLM
 from m3check.kernels.provider import Loaded, Spec, cannot_compile, index_dtypes, with_chains
 from m3check.kernels.reading import PREFIX, Reading
 from m3check.types import ODD_SCORES, OPS, Case, Evidence, Kernel, M3CheckError, Profile
@@ -51,24 +51,14 @@ class Choice:
     reading: Reading
 
 
-_known: dict[Spec, Source | None] = {}
-"""What `refuses` has found; None where there was nothing yet."""
+_sources = Sources(VLLM)
 
-
-def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
-    """Find or fetch the files; raises M3CheckError where there are none. Returns what the user should know of it."""
-    _known[spec] = source = locate(spec, offline)
-    return source.warnings
+prepare = _sources.prepare
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
     """Why the kernels of a spec cannot run a case, read from their source; None too while they are not fetched."""
-    if spec not in _known:
-        try:
-            _known[spec] = locate(spec, offline=True)
-        except M3CheckError:
-            _known[spec] = None
-    source = _known[spec]
+    source = _sources.here(spec)
     if source is None:
         return cannot_compile(case, arch, evidence)
     if case.op in named.OPS_WITH_NAMES:
@@ -92,7 +82,7 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
 
 def suits(spec: Spec, invariant: str, case: Case, arch: Arch, evidence: Evidence) -> bool:
     """Whether an invariant should rather be shown on a case: decode held against prefill where one of both is MSA's."""
-    source = _known.get(spec)
+    source = _sources.here(spec)
     if invariant != "same_as_prefill" or source is None:
         return False
     return production.there(source.folder, source.version, arch, evidence) and production.mixes(case)
@@ -113,7 +103,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         try:
             function = getattr(world.load(choice.module), choice.reading.function)
         except Exception as error:
-            raise M3CheckError(_import_failure(source, choice.module, error)) from error
+            raise import_failure(source, VLLM, choice.module, error) from error
         unknown = {name: None for name in choice.reading.extra if name not in SIGNATURES[op][0]}
         kernels[op] = Kernel(
             spec.text, op, choice.reading.function, _profile(op, choice, arch), world.inside(function, **unknown)
@@ -123,7 +113,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         try:
             function = vllm_amd.load(op, world, package, source.folder / TREE / "amd/ops")
         except Exception as error:
-            raise M3CheckError(_import_failure(source, f"{package}.{vllm_amd.file_of(op)}", error)) from error
+            raise import_failure(source, VLLM, f"{package}.{vllm_amd.file_of(op)}", error) from error
         kernels[op] = Kernel(spec.text, op, vllm_amd.PIECES[op].name, vllm_amd.profile(op), function)
     if evidence == "device" and vllm_insert.OP not in missing:
         kernels[vllm_insert.OP] = vllm_insert.kernel(spec.text, source.folder)
@@ -278,11 +268,3 @@ def _family_100() -> str:
         "on this target production runs fmha_sm100 and CuteDSL kernels for topk 16; these are the Triton ones. An "
         "installed vLLM on such a GPU (--kernels vllm) gives both as production does"
     )
-
-
-def _import_failure(source: Source, module: str, error: Exception) -> str:
-    file = source.folder.joinpath(*module.split(".")).with_suffix(".py")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(source.folder))]
-    line = f":{frames[-1].lineno}" if frames else ""
-    where = frames[-1].filename if frames else str(file)
-    return f"vllm {source.version}: {where}{line} does not import: {type(error).__name__}: {error}"

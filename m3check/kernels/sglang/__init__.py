@@ -11,13 +11,12 @@ import functools
 import hashlib
 import importlib.util
 import os
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from m3check.arch import Arch
-from m3check.kernels.locate import Source, locate
+from m3check.kernels.locate import Source, Sources, import_failure, locate
 from m3check.kernels.project import SGLANG
 from m3check.kernels.provider import Loaded, Spec, cannot_compile, index_dtypes, with_chains
 from m3check.types import DTYPES, OPS, Case, Evidence, Kernel, M3CheckError, Profile
@@ -55,24 +54,14 @@ class Reading:
     """Whether selected ids are sorted before they are stored."""
 
 
-_known: dict[Spec, Source | None] = {}
-"""What `refuses` has found; None where there was nothing yet."""
+_sources = Sources(SGLANG)
 
-
-def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
-    """Find or fetch the files; raises M3CheckError where there are none. Returns what the user should know of it."""
-    _known[spec] = source = locate(spec, offline, SGLANG)
-    return source.warnings
+prepare = _sources.prepare
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
     """Why the kernels of a spec cannot run a case, read from their source; None too while they are not fetched."""
-    if spec not in _known:
-        try:
-            _known[spec] = locate(spec, True, SGLANG)
-        except M3CheckError:
-            _known[spec] = None
-    source = _known[spec]
+    source = _sources.here(spec)
     if source is None:
         return cannot_compile(case, arch, evidence)
     found = read(source)
@@ -102,7 +91,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
             try:
                 loaded.append(world.load(name))
             except Exception as error:
-                raise M3CheckError(_import_failure(source, name, error)) from error
+                raise import_failure(source, SGLANG, name, error) from error
     calls = Calls(*loaded)
     missing = _missing(source, found)
     kernels = {
@@ -238,10 +227,3 @@ def _description(source: Source, found: Reading) -> dict[str, str]:
         },
         "note": "production on NVIDIA selects decode's blocks with a CUDA kernel where topk <= 32; these are Triton's",
     }
-
-
-def _import_failure(source: Source, module: str, error: Exception) -> str:
-    file = source.folder.joinpath(*module.split(".")).with_suffix(".py")
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(source.folder))]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
-    return f"sglang {source.version}: {where} does not import: {type(error).__name__}: {error}"
