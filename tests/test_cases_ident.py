@@ -111,7 +111,8 @@ def test_the_defaults_are_frozen():
     assert dict(DEFAULTS) == {
         "kv_heads": 4, "gqa": 16, "head_dim": 128, "topk": 16, "init_blocks": 0, "local_blocks": 1, "dtype": "bf16",
         "cache_dtype": "bf16", "index_cache_dtype": "bf16", "scales": "none", "layout": "hnd", "ids": "full",
-        "max_query_len": 0, "layer": "sparse", "queries": "out", "fill": "gauss", "seed": 0,
+        "max_query_len": 0, "layer": "sparse", "queries": "out", "rotary_dim": 64, "index_heads": 0,
+        "eps": "1e-6", "fill": "gauss", "seed": 0,
     }  # fmt: skip
     assert set(WORDS.values()) == set(Case.__dataclass_fields__) - {"op", "seed"}
 

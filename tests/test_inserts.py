@@ -37,7 +37,8 @@ WIDE = f"{OP}/q=31,kv=200,h=1,g=2,fill=wide"
 DENSE = f"{OP}/q=3,kv=70,h=2,g=2,layer=dense,queries=place"
 SKIPS = f"{OP}/q=2+1,kv=129+40,h=2,g=1,dtype=fp16,cache=fp8_e5m2,layout=pool,ids=skip_first,layer=skip_index,queries=fp8"
 MANY = next(line for line in listed("ci") if line.startswith(f"{OP}/q=300+1"))
-CASES = (SMALL, FP8, WIDE, DENSE, SKIPS)
+OTHER = f"{OP}/q=3+2,kv=200+129,h=2,g=2,rotary=32,ih=3,eps=1e-2"
+CASES = (SMALL, FP8, WIDE, DENSE, SKIPS, OTHER)
 
 _made: dict[str, object] = {}
 
@@ -88,6 +89,20 @@ def test_the_reference_says_what_a_second_formulation_says():
     assert torch.equal(found["v"], problem.more["x_v"].double())
 
 
+def test_figures_that_are_not_m3s_reach_the_kernel_and_the_inputs():
+    """Defaults are left out of ids, so that ids of before name what they did."""
+    case = cases.parse_id(OTHER)
+    assert (case.rotary_dim, case.index_width, case.eps) == (32, 3, "1e-2")
+    assert cases.case_id(case) == OTHER
+    assert cases.case_id(replace(case, rotary_dim=64, index_heads=0, eps="1e-6")) == f"{OP}/q=3+2,kv=200+129,h=2,g=2"
+    given = contract.prepare(Kernel("mine", OP, "mine", Profile(), steps.kernel()), inputs(OTHER), paging.World()).arguments
+    assert (given["rotary_dim"], given["num_index_heads"], given["eps"]) == (32, 3, 1e-2)
+    assert given["cos_sin_cache"].shape[1] == 32
+    assert given["qkv"].shape[1] == (4 + 2 + 2 + 3 + 1) * 128
+    step = family.OTHER_THETA ** (-2 * 3 / 32)
+    assert given["cos_sin_cache"][200 - 1, 3].item() == pytest.approx(math.cos(199 * step), abs=4e-3)
+
+
 def test_angles_are_those_of_m3_and_beside_them_is_nan():
     table = family.table(torch.tensor([5, 1_048_575]), torch.float16)
     assert table.shape == (1_048_577, 64)
@@ -113,6 +128,10 @@ def test_angles_are_those_of_m3_and_beside_them_is_nan():
         ("q=1,kv=1,icache=fp8_e5m2", "fp8_e4m3"),
         ("q=1,kv=1,topk=3", "does not read topk"),
         ("q=1,kv=1,layer=thin", "sparse, dense, skip_index"),
+        ("q=1,kv=1,layer=dense,ih=2", "has no index branch"),
+        ("q=1,kv=1,rotary=60", "multiple of 8"),
+        ("q=1,kv=1,rotary=136", "8 to 128; got rotary=136"),
+        ("q=1,kv=1,eps=0.1", "1e-1, 1e-2"),
     ],
 )
 def test_cases_that_make_no_sense_are_refused(text, words):
@@ -190,6 +209,18 @@ def interleaved(x, cos, sin):
 
 def on_all(x, cos, sin):
     return steps.rotated(x, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1))
+
+
+def first_64(x, cos, sin):
+    """M3's half of a head, whatever was asked for."""
+    return steps.rotated(x, cos[..., :32], sin[..., :32])
+
+
+def own_angles(table, positions):
+    """Not those of the table: M3's theta, rounded as a table is."""
+    pair = torch.arange(table.shape[1] // 2)
+    turn = positions[:, None, None] * family.THETA ** (-2 * pair.double() / table.shape[1])
+    return turn.cos().to(table.dtype).float(), turn.sin().to(table.dtype).float()
 
 
 def layer_norm(x, weight, eps):
@@ -290,6 +321,17 @@ WRONG = {  # steps changed, the case that shows it, the check that is red, words
 }  # fmt: skip
 
 
+# Kernels that know M3's figures and do not ask for their own.
+WRONG |= {
+    "M3's eps": (OTHER, {"normed": lambda x, w, e: steps.normed(x, w, 1e-6)}, "turned", ""),
+    "M3's eps, tiny rows": (f"{WIDE},eps=1e-5", {"normed": lambda x, w, e: steps.normed(x, w, 1e-6)}, "turned", ""),
+    "64 channels of 128": (f"{SMALL},rotary=128", {"rotated": first_64}, "turned", ""),
+    "64 channels of 32": (OTHER, {"rotated": on_all}, "turned", ""),
+    "M3's angles": (OTHER, {"angles": own_angles}, "turned", ""),
+    "M3's angles, rotary 64": (SMALL, {"angles": own_angles}, "turned", ""),
+}
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_kernels_are_red_and_told_what_they_resemble(name):
     text, changed, check, words = WRONG[name]
@@ -348,9 +390,14 @@ def keys_not_in_place(keywords):
     return after
 
 
+def index_heads_as_kv_heads(keywords):
+    keywords["num_index_heads"] = keywords["num_kv_heads"]
+
+
 @pytest.mark.parametrize(
     ("text", "change", "check", "words"),
     [
+        (f"{SMALL},queries=place,ih=3", index_heads_as_kv_heads, "turned", "some of idx_q"),
         (SMALL, q_weight_for_k, "turned", "the norm weight of q"),
         (SMALL, main_slots_for_index, "guards", ""),
         (FP8, forgets_scale, "turned", ""),

@@ -32,6 +32,9 @@ WORDS: Mapping[str, str] = {  # the word in an id: the field of Case, in the ord
     "mq": "max_query_len",
     "layer": "layer",
     "queries": "queries",
+    "rotary": "rotary_dim",
+    "ih": "index_heads",
+    "eps": "eps",
     "fill": "fill",
 }
 
@@ -39,7 +42,6 @@ DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in dataclasses.fields(Cas
 
 _LENGTHS = ("query_lens", "kv_lens")
 _LENGTH = re.compile(r"([0-9]+)(?:x([0-9]+))?")
-_WORD = re.compile(r"[a-z][a-z0-9_]*")
 MOST_REQUESTS = 65_536
 """More requests than any kernel's grid can hold; it keeps a mistyped repetition from filling the memory."""
 
@@ -102,7 +104,7 @@ def _known_word(text: str, word: str, value: str) -> str:
     from m3check.cases.validity import KNOWN
 
     known = tuple(DTYPES) if word in ("dtype", "cache", "icache") else KNOWN[WORDS[word]]()
-    if not _WORD.fullmatch(value) or value not in known:
+    if value not in known:
         raise M3CheckError(f"case {text!r}: unknown {word} {value!r}; known: {', '.join(known)}")
     return value
 

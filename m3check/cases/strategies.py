@@ -43,6 +43,8 @@ FIGURES: Mapping[str, tuple[int, ...]] = {  # field of Case: its values, the pla
     "head_dim": (64, 128),
     "init_blocks": tuple(range(10)),
     "local_blocks": tuple(range(10)),
+    "rotary_dim": (64, 32, 96, 128, 8),
+    "index_heads": tuple(range(9)),
     "seed": tuple(range(100)),
 }
 

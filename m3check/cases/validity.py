@@ -14,6 +14,7 @@ SCALES = ("none", "scalar", "token")
 LAYOUTS = ("hnd", "nhd", "pool")
 LAYERS = ("sparse", "dense", "skip_index")
 QUERIES = ("out", "place", "fp8", "both")
+EPS = tuple(f"1e-{n}" for n in range(1, 10))
 
 
 def _fills() -> tuple[str, ...]:
@@ -33,6 +34,7 @@ KNOWN: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "layout": lambda: LAYOUTS,
     "layer": lambda: LAYERS,
     "queries": lambda: QUERIES,
+    "eps": lambda: EPS,
     "ids": _selections,
     "fill": _fills,
 }
@@ -93,7 +95,7 @@ def _numbers(case: Case) -> str | None:
     for field in ("kv_heads", "gqa", "head_dim", "topk"):
         if getattr(case, field) < 1:
             return f"{field} must be at least 1, got {getattr(case, field)}"
-    for field in ("init_blocks", "local_blocks", "max_query_len", "seed"):
+    for field in ("init_blocks", "local_blocks", "max_query_len", "index_heads", "seed"):
         if getattr(case, field) < 0:
             return f"{field} must not be negative, got {getattr(case, field)}"
     return None

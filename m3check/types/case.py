@@ -83,6 +83,12 @@ class Case:
     """Of an insert: `sparse`, `dense` (no index branch, nothing inserted) or `skip_index` (an index branch left alone)."""
     queries: str = "out"
     """Of an insert, where queries go: `out` (a buffer), `place` (where they stood), `fp8` (codes alone) or `both`."""
+    rotary_dim: int = 64
+    """Of an insert: channels of a head that are rotated."""
+    index_heads: int = 0
+    """Of an insert: index query heads in a row; 0 means as many as KV heads."""
+    eps: str = "1e-6"
+    """Of an insert: what is added to the mean square of a head."""
     fill: str = "gauss"
     seed: int = 0
 
@@ -90,6 +96,11 @@ class Case:
     def heads(self) -> int:
         """Query heads in all."""
         return self.kv_heads * self.gqa
+
+    @property
+    def index_width(self) -> int:
+        """Index query heads in a row of an insert; 0 in a dense layer."""
+        return 0 if self.layer == "dense" else self.index_heads or self.kv_heads
 
     @property
     def decodes(self) -> int:
@@ -148,8 +159,12 @@ class Case:
             "max_query_len": self.max_query_len or max(self.query_lens, default=0),
             "fill": self.fill,
             "seed": self.seed,
-            **({"layer": self.layer, "queries": self.queries} if self.op == "qknorm_rope_insert" else {}),
+            **(self._of_insert() if self.op == "qknorm_rope_insert" else {}),
         }
+
+    def _of_insert(self) -> dict[str, Any]:
+        figures = {"rotary_dim": self.rotary_dim, "index_heads": self.index_width, "eps": self.eps}
+        return {"layer": self.layer, "queries": self.queries, **figures}
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,15 @@ def heads(trial: Trial) -> list[Finding]:
         for name, tensor in changed.items()
         if tensor is not None and tensor.dim() > 0
     }
-    by = {"x_q": (1, lanes), **dict.fromkeys(("x_k", "x_v", "x_idx_q"), (1, turn))}
+    index = torch.arange(1, case.index_width + 1, device=device) % case.index_width
+    by = {"x_q": (1, lanes), "x_idx_q": (1, index), **dict.fromkeys(("x_k", "x_v"), (1, turn))}
     further = {
         name: taken(tensor, by[name][1], by[name][0]) if name in by and tensor.numel() else tensor
         for name, tensor in inputs.more.items()
     }
     run = trial.call(replace(inputs, more=further, **turned), World())
     back = {"score": (0, turn), "ids": (0, turn), **dict.fromkeys(("out", "q", "q_codes"), (1, lanes))}
-    back |= dict.fromkeys(("k", "idx_q", "cached_k", "cached_v"), (1, turn))
+    back |= {"idx_q": (1, index), **dict.fromkeys(("k", "cached_k", "cached_v"), (1, turn))}
     outputs = {
         name: taken(tensor, back[name][1].argsort(), back[name][0]) if name in back else tensor
         for name, tensor in run.outputs.items()

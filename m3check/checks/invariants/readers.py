@@ -42,12 +42,14 @@ def _readings(trial: Trial) -> list[tuple[str, Inputs, str]]:
         return out[name][rows].to(dtypes[name])
 
     last = kept.nonzero().flatten()[-1:]
-    one: dict[str, Any] = {"query_lens": (1,), "kv_lens": (tokens,), "kv_heads": case.kv_heads}
+    one: dict[str, Any] = {"query_lens": (1,), "kv_lens": (tokens,)}
     found = []
     index = "bf16" if dtypes["cached_idx_k"] is torch.bfloat16 else "fp16"
     word = case.index_cache_dtype if dtypes["cached_idx_k"].itemsize == 1 else index
     queries = word if dtypes["idx_q"].itemsize == 1 else case.dtype
-    scored = Case(op="index_decode_score", local_blocks=0, dtype=queries, cache_dtype=word, **one)
+    scored = Case(
+        op="index_decode_score", kv_heads=case.index_width, local_blocks=0, dtype=queries, cache_dtype=word, **one
+    )
     keys = of("cached_idx_k", kept)[:, 0]
     found.append(("index_decode_score", Inputs(scored, 1.0, idx_q=of("idx_q", last), idx_k=keys), "which has no scale"))
     ids = torch.arange(blocks(tokens), dtype=torch.int32, device=kept.device).expand(case.kv_heads, 1, -1).contiguous()
@@ -56,7 +58,7 @@ def _readings(trial: Trial) -> list[tuple[str, Inputs, str]]:
     for scales in ("none", "scalar") if dtypes["cached_k"].itemsize == 1 else ("none",):
         for op in ("sparse_attn", "sparse_attn_decode"):
             attended = Case(
-                op=op, gqa=case.gqa, topk=ids.shape[2], dtype=case.dtype, cache_dtype=case.cache_dtype, scales=scales,
+                op=op, kv_heads=case.kv_heads, gqa=case.gqa, topk=ids.shape[2], dtype=case.dtype, cache_dtype=case.cache_dtype, scales=scales,
                 layout=case.layout, **one,
             )  # fmt: skip
             k, v = of("cached_k", kept), of("cached_v", kept)

@@ -63,7 +63,7 @@ def take(kernel: Kernel, result: Any, inputs: Inputs, buffers: Mapping[str, Guar
 CALLS = Calls(
     parameters=PARAMETERS,
     signatures=SIGNATURES,
-    letters="T tokens, Hq query heads, Hkv KV heads, H index heads = Hkv, D = 128 channels of a head",
+    letters="T tokens, Hq query heads, Hkv KV heads, H index query heads, D = 128 channels of a head",
     physical=physical,
     take=take,
     optional=frozenset({"block_size", "kv_cache_dtype"}),

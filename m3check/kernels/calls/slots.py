@@ -79,7 +79,7 @@ class Slots(Cells):
 
 def widths(case: Case) -> dict[str, int]:
     """How many heads of each kind stand in a row of qkv."""
-    index = {"idx_q": case.kv_heads, "idx_k": 1} if case.layer != "dense" else {}
+    index = {"idx_q": case.index_width, "idx_k": 1} if case.layer != "dense" else {}
     return {"q": case.heads, "k": case.kv_heads, "v": case.kv_heads, **index}
 
 
@@ -122,7 +122,7 @@ def physical(inputs: Inputs, world: World) -> Physical:
         "num_kv_heads": case.kv_heads,
         "rotary_dim": more["cos_sin"].shape[1],
         "eps": float(more["eps"]),
-        "num_index_heads": case.kv_heads if inserts else 0,
+        "num_index_heads": case.index_width,
         "block_size": BLOCK if inserts else 0,
         "kv_cache_dtype": case.cache_dtype[:8] if inserts and case.cache_dtype.startswith("fp8") else "auto",
         "skip_index_branch": case.layer == "skip_index",
@@ -149,7 +149,7 @@ def physical(inputs: Inputs, world: World) -> Physical:
     if case.queries in ("fp8", "both"):
         buffer("q_fp8_out", case.heads, "q_codes")
     if indexes and "idx_q" not in rewritten(case):
-        buffer("index_q_out", case.kv_heads, "idx_q")
+        buffer("index_q_out", case.index_width, "idx_q")
     given |= {name: None for name in NONE if name not in given and name not in guards}
     return Physical(given, lambda wanted: {name: guard for name, guard in guards.items() if name in wanted})
 
