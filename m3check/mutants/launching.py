@@ -149,9 +149,9 @@ FORMS: tuple[Form, ...] = (
     )),
     Form("M5", "programs of empty parts write zeros where another merges", ("sparse_attn_decode",), "", provider="triton",
          suits=_empty_parts, edits=(
-             ("sparse_attn_decode.py", "    for part in range(PARTS):\n        at = part * rows + row\n",
+             ("sparse_attn_decode.py", "    for part in range(parts):\n        at = part * rows + row\n",
               "    own = tl.load(totals + tl.program_id(1) * rows + row, mask=live, other=1.0)\n"
-              "    for part in range(PARTS):\n        at = part * rows + row\n"),
+              "    for part in range(parts):\n        at = part * rows + row\n"),
              ("sparse_attn_decode.py",
               "    tl.store(output + at, normalised(acc, total).to(output.dtype.element_ty), mask=live[:, None])",
               "    first = tl.program_id(1) == 0\n"

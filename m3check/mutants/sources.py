@@ -17,7 +17,7 @@ from m3check.kernels.provider import with_chains
 from m3check.mutants.mutant import Mutant
 from m3check.types import OPS, Evidence, Kernel
 
-TILES = frozenset({"tiles.py", "profile.py", "__init__.py"})
+TILES = frozenset({"tiles.py", "tuning.py", "profile.py", "__init__.py"})
 """Our files whose figures must not change a result: negative controls turn them, generic edits leave them alone."""
 
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3check.kernels.triton import tiles
+from m3check.kernels.triton import profile, tiles, tuning
 from m3check.kernels.triton.attention import normalised
-from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.sparse_attn_decode import merge_kernel
 from m3check.types import ROPE
 
-__all__ = ["PROFILE", "mla_sparse"]
+__all__ = ["PROFILE", "mla_sparse", "warm_up"]
 
+PROFILE = replace(profile.PROFILE, bitwise=profile.PROFILE.bitwise | {"warm"})
 LN2 = tl.constexpr(math.log(2))
+DECODED = 16
+"""Queries of the batch on which lists in parts are timed."""
 
 
+@triton.autotune(
+    tuning.LATENT,
+    key=["heads", "topk", "SPLIT"],
+    prune_configs_by={"early_config_prune": tuning.latent},
+    do_bench=tuning.timed,
+)
 @triton.jit(do_not_specialize=["rows", "share", "stride_sp"])
 def mla_sparse_kernel(
     q, stride_qt, stride_qh, stride_qd,
@@ -28,7 +37,7 @@ def mla_sparse_kernel(
     output, stride_op, stride_ot, stride_oh, stride_od,
     tops, totals, stride_sp, lse, stride_lt, stride_lh,
     heads, rows, topk, share, scale_log2,
-    V: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+    V: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid: query tokens × tiles of heads × parts of `share` ids; where SPLIT, `output` takes unnormalised fp32 parts."""
     token = tl.program_id(0).to(tl.int64)
@@ -73,17 +82,17 @@ def mla_sparse_kernel(
     tl.store(output + at, acc.to(output.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit
-def merge_lse_kernel(tops, totals, rows, lse, stride_lt, stride_lh, heads, PARTS: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "parts"])
+def merge_lse_kernel(tops, totals, rows, lse, stride_lt, stride_lh, heads, parts, ROWS: tl.constexpr):
     """The logsumexp of rows (token, head) from that of their parts: tops and totals [parts, rows], contiguous fp32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    for part in range(PARTS):
+    for part in range(parts):
         top = tl.maximum(top, tl.load(tops + part * rows + row, mask=live, other=float("-inf")))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.full([ROWS], 0.0, tl.float32)
-    for part in range(PARTS):
+    for part in range(parts):
         weight = tl.exp2(tl.load(tops + part * rows + row, mask=live, other=float("-inf")) - base)
         total += tl.load(totals + part * rows + row, mask=live, other=0.0) * weight
     tl.store(lse + (row // heads) * stride_lt + (row % heads) * stride_lh, (base + tl.log2(total)) * LN2, mask=live)
@@ -108,26 +117,55 @@ def mla_sparse(
         raise ValueError(f"q has {dim} channels, kv [S, {kv.shape[1]}, {kv.shape[2]}], wanted one head of {d_v + ROPE}")
     out = torch.empty(tokens, heads, d_v, dtype=q.dtype, device=q.device) if output is None else output
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device) if lse_out is None else lse_out
-    if tokens == 0:
-        return out, lse
-    group = tiles.latent_heads(heads)
-    groups = triton.cdiv(heads, group)
+    if tokens:
+        programs = tokens * triton.cdiv(heads, tiles.latent_heads(heads))
+        _launch(q, kv, indices, sm_scale, out, lse, tiles.splits(programs, max(1, topk // tiles.latent_keys(q.dtype))))
+    return out, lse
+
+
+def warm_up(
+    q: Tensor,
+    kv: Tensor,
+    indices: Tensor,
+    sm_scale: float,
+    d_v: int,
+    output: Tensor | None = None,
+    lse_out: Tensor | None = None,
+) -> None:
+    """Before serving: compile all that calls with these heads, topk and dtypes need, and time what they may take.
+
+    The arguments are those of a call, best of the largest batch, whose results it leaves behind. Batches of any other size
+    compile and measure nothing from then on. Raises ValueError for a batch without a query.
+    """
+    if not len(q):
+        raise ValueError("a warm-up needs a query")
+    out, lse = mla_sparse(q, kv, indices, sm_scale, d_v, output, lse_out)
+    with tuning.measuring(mla_sparse_kernel):
+        _launch(q, kv, indices, sm_scale, out, lse, 1)
+        few = min(len(q), DECODED)
+        _launch(q[:few], kv, indices[:few], sm_scale, out[:few], lse[:few], max(2, tiles.splits(few, 8)))
+
+
+def _launch(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, out: Tensor, lse: Tensor, most: int) -> None:
+    """Fill `out` and `lse`, each list in `most` parts at most."""
+    tokens, heads, dim = q.shape
+    topk, d_v = indices.shape[2], dim - ROPE
     keys = tiles.latent_keys(q.dtype)
-    share = keys * triton.cdiv(topk, keys * tiles.splits(tokens * groups, max(1, topk // keys)))
+    share = keys * triton.cdiv(topk, keys * most)
     parts = triton.cdiv(topk, share)
     rows = tokens * heads
     if parts > 1:
         sums = torch.empty(parts, tokens, heads, d_v, dtype=torch.float32, device=q.device)
-        tops, totals = torch.empty(2, parts, rows, dtype=torch.float32, device=q.device)
+        # Not one tensor: a pointer into it would be aligned by the number of rows, which is compiled for.
+        tops, totals = (torch.empty(parts, rows, dtype=torch.float32, device=q.device) for _ in range(2))
         to, to_strides = sums, sums.stride()
     else:
         tops = totals = lse
         to, to_strides = out, (0, *out.stride())
-    mla_sparse_kernel[(tokens, groups, parts)](
+    mla_sparse_kernel[lambda meta: (tokens, triton.cdiv(heads, meta["ROWS"]), parts)](
         q, *q.stride(), kv, kv.stride(0), kv.stride(2), indices, indices.stride(0), indices.stride(2),
         to, *to_strides, tops, totals, rows, lse, *lse.stride(), heads, kv.shape[0], topk, share,
-        sm_scale * math.log2(math.e), d_v, ROPE, group, keys, parts > 1, tiles.TL_DTYPES[q.dtype],
-        num_warps=8 if keys > 16 else 4, num_stages=1,
+        sm_scale * math.log2(math.e), d_v, ROPE, parts > 1, tiles.TL_DTYPES[q.dtype],
     )  # fmt: skip
     if parts > 1:
         tile = 64 if tiles.interpreted() else 4
@@ -135,4 +173,3 @@ def mla_sparse(
             sums, tops, totals, rows, out, *out.stride(), heads, parts, tile, d_v, num_warps=4
         )
         merge_lse_kernel[(triton.cdiv(rows, 64),)](tops, totals, rows, lse, *lse.stride(), heads, parts, 64, num_warps=1)
-    return out, lse

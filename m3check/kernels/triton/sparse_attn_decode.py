@@ -58,10 +58,9 @@ def sparse_attn_decode_kernel(
     tl.store(output + at, acc.to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def merge_kernel(
-    sums, tops, totals, rows, output, stride_ot, stride_oh, stride_od, heads,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    sums, tops, totals, rows, output, stride_ot, stride_oh, stride_od, heads, parts, ROWS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Join the parts of rows (token, head): sums [parts, rows, D], tops and totals [parts, rows], all contiguous fp32."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -70,7 +69,7 @@ def merge_kernel(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.full([ROWS], 0.0, tl.float32)
     acc = tl.full([ROWS, D], 0.0, tl.float32)
-    for part in range(PARTS):
+    for part in range(parts):
         at = part * rows + row
         part_top = tl.load(tops + at, mask=live, other=float("-inf"))
         new_top = tl.maximum(top, part_top)

@@ -1,0 +1,54 @@
+"""Tiles of latent attention: measured by a warm-up before serving, else a table's. No other call measures anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+
+from m3check.kernels.triton import tiles
+
+LATENT = [
+    triton.Config({"ROWS": rows, "KEYS": keys}, num_warps=warps, num_stages=1)
+    for rows, keys, warps in ((64, 32, 8), (32, 32, 8), (16, 32, 8), (16, 16, 4))
+]
+"""What latent attention may take, the smallest last: 64 heads fill the matrix units of sm90 and sm100, where they fit."""
+
+_measuring = False
+
+
+def latent(configs: Sequence[triton.Config], named: Mapping[str, Any], **_: Any) -> list[triton.Config]:
+    """What a warm-up tries for these heads and this dtype; at any other time the one configuration of the tables."""
+    heads, dtype = named["heads"], named["q"].dtype
+    keys = tiles.latent_keys(dtype)
+    if not _measuring:
+        figures = {"ROWS": tiles.latent_heads(heads), "KEYS": keys}
+        return [triton.Config(figures, num_warps=8 if keys > 16 else 4, num_stages=1)]
+    if dtype is torch.float32:  # it takes twice the memory, and no matrix unit
+        return [configs[-1]]
+    least = max(16, tiles.power_of_two(heads))
+    return [config for config in configs if config.kwargs["ROWS"] <= least]
+
+
+def timed(launch: Callable[[], None], quantiles: Sequence[float]) -> Any:
+    """Milliseconds that a configuration takes, as Triton's autotuner wants them; the only one there is, is not timed."""
+    if _measuring:
+        return driver.active.get_benchmarker()(launch, quantiles=quantiles)
+    launch()
+    return [0.0] * len(quantiles)
+
+
+@contextmanager
+def measuring(kernel: Any) -> Iterator[None]:
+    """Launches of an autotuned kernel measure inside, and forget what was chosen before; later ones take the fastest."""
+    global _measuring
+    kernel.cache.clear()
+    _measuring = True
+    try:
+        yield
+    finally:
+        _measuring = False
