@@ -29,9 +29,9 @@ def launched(function):
     import functools
 
     @functools.wraps(function)
-    def call(**keywords):
+    def call(*args, **keywords):
         with torch._C.DisableTorchFunction():
-            return function(**keywords)
+            return function(*args, **keywords)
 
     return call
 

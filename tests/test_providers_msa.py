@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import fake_vllm
 import pytest
 import torch
 from fake_fmha_sm100 import Model
+from test_indexer import launched
 from torch_kernels import RIGHT as RIGHT_TORCH
 
 from m3check import cases, invariants, kernels, power, runner
 from m3check.arch import ARCHS
-from m3check.kernels import fmha_sm100
+from m3check.kernels import fmha_sm100, vllm_layer
+from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import production
 from m3check.kernels.fmha_sm100.interface import Interface
+from m3check.kernels.layer_standin import FILES, M3, MSA_FILES, LayerWorld
+from m3check.kernels.locate import locate
 from m3check.kernels.provider import Loaded, Spec, with_chains
 from m3check.types import Kernel, M3CheckError, PlanLine, Profile, Status
 
@@ -474,3 +480,114 @@ def test_the_prefill_itself_is_red_on_a_scaled_cache():
     result = run_pair(Model(), "sparse_attn/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=scalar")
     assert result.status is Status.FAILED
     assert "element" in red(result)
+
+
+# A whole layer of it: vLLM's own classes out of the wheel around a model of what they call.
+
+MIXED_LAYER = "indexer/q=2x2+3+1,kv=2305+0+400+300,h=2,g=1,mq=2"
+DECODED_LAYER = "indexer/q=1x3,kv=2305+0+300,h=1,g=1,init=1"
+SCALED_LAYER = "indexer/q=1+2,kv=258+200,h=1,g=1,cache=fp8_e4m3fn,scale=scalar"
+
+
+def layer(model, version="0.33.0", case=MIXED_LAYER):
+    """A vLLM's classes on SM100 with torch functions in place of Triton's kernels; skips what is not cached."""
+    try:
+        folder = locate(kernels.parse_spec(f"vllm=={version}"), offline=True).folder
+    except M3CheckError as error:
+        pytest.skip(str(error))
+    world = LayerWorld(folder, ARCHS["sm100"], pdl=False)
+    for name, stem in (("index_topk", "index"), ("sparse_attn", "sparse_attn")):
+        functions = {f"minimax_m3_{op}": positional(op) for op in RIGHT_TORCH if op.startswith(stem)}
+        world.add(f"{M3}.common.ops.{name}", SPARSE_BLOCK_SIZE=128, **functions)
+    triton = {op: Kernel("vllm", op, f"minimax_m3_{op}", Profile(dequantise="rounded"), f) for op, f in RIGHT_TORCH.items()}
+    maker = vllm_layer.LayerMaker(world, vllm_layer.buffer_layout(folder, ARCHS["sm100"]))
+    triton["indexer"] = Kernel("vllm", "indexer", "layer", Profile(dequantise="rounded"), maker)
+    interface = Interface.of(model)
+    held = {name: launched(function) for name, function in vars(interface).items() if callable(function)}
+    chosen = production.Dispatch.of(triton, replace(interface, **held), "vllm")
+    loaded = Loaded(Spec("vllm", "vllm"), triton, chosen.missing, produced=chosen.kernels)
+    return runner.Session(ARCHS["sm100"], "interpreted", "cpu", loaded)
+
+
+def positional(op):
+    """A torch function with the order of arguments of vLLM's, and their buffers."""
+    order = [*SIGNATURES[op][0]]
+    takes = inspect.signature(RIGHT_TORCH[op]).parameters
+
+    @launched
+    def call(*args, **options):
+        given = dict(zip(order, args, strict=False)) | options
+        result = RIGHT_TORCH[op](**{name: value for name, value in given.items() if name in takes})
+        out = given.get("score_out" if op.endswith("score") else "out")
+        if out is not None:
+            out[:, : result.shape[1], : result.shape[2]] = result
+        return result
+
+    return call
+
+
+def run_layer(model, case, names=(), version="0.33.0", **constants):
+    """`constants` replace those of the indexer's module."""
+    held, parsed = layer(model, version), cases.parse_id(case)
+    maker = held.loaded.kernel("indexer", parsed).function
+    vars(maker.world.load(MSA_FILES[0])).update(constants)
+    line = PlanLine(case, "indexer", "vllm", "interpreted", None, names)
+    return runner.run_one(parsed, held, line, "")
+
+
+@pytest.mark.parametrize(
+    ("case", "version", "names"),
+    [(MIXED_LAYER, "0.27.0", ()), (MIXED_LAYER, "0.33.0", ()), (DECODED_LAYER, "0.33.0", ("stale",))],
+)
+def test_vllms_msa_classes_are_a_layer(case, version, names):
+    result = run_layer(Model(), case, names, version)
+    assert result.status is Status.PASSED, result.reason
+    assert result.kernel == "MiniMaxM3IndexerMSAImpl + MiniMaxM3SparseMSAImpl"
+    assert {"metadata", "guards", "ids", "element", *names} <= {finding.check for finding in result.findings}
+
+
+@pytest.mark.parametrize(
+    ("constants", "check", "words"),
+    [
+        ({"PAGE_SIZE": 64}, "metadata", "topk_num_valid_pages` of the indexer's metadata: holds 37+1+5, wanted 19+?+3"),
+        ({"_SCORE_SENTINEL": 0.0}, "metadata", "`index.unified_scores`: not -inf after `build`"),
+    ],
+)
+def test_a_builder_of_msa_with_a_mistake_is_told_by_its_field(constants, check, words):
+    result = run_layer(Model(), DECODED_LAYER, **constants)
+    told = [f"{f.where}: {f.hint}" for f in result.findings if f.check == check and f.status is Status.FAILED]
+    assert any(words in line for line in told), (told, result.reason)
+
+
+def test_a_layer_whose_prefill_ignores_scales_is_red_in_its_prefilled_rows():
+    """Decode multiplies by k_scale and v_scale, sparse_atten_func is given none."""
+    result = run_layer(Model(), SCALED_LAYER)
+    told = {f.check: f.where for f in result.findings if f.status is Status.FAILED}
+    assert "request 1" in told["element"], told
+    assert not {"metadata", "handover", "ids", "guards"} & told.keys()
+
+
+@pytest.mark.parametrize(
+    ("case", "classes"),
+    [
+        ("indexer/q=1,kv=300,h=2,g=2", (True, True)),
+        ("indexer/q=1,kv=300,h=2,g=2,topk=8", (False, True)),
+        ("indexer/q=1,kv=300,h=2,g=2,cache=fp8_e5m2", (True, False)),
+        ("indexer/q=1,kv=300,h=2,g=2,topk=6", (False, False)),
+        ("indexer/q=1,kv=300,h=2,g=2,d=64", (False, False)),
+    ],
+)
+def test_a_layer_has_the_classes_that_vllm_selects(case, classes):
+    parsed = cases.parse_id(case)
+    maker = layer(Model()).loaded.kernel("indexer", parsed).function
+    assert maker.msa == classes
+    world = maker.world
+    world.config = SimpleNamespace(attention_config=SimpleNamespace(minimax_m3_indexer_cp=False))
+    index, main = (world.load(name) for name in FILES)
+    word = "fp8_e5m2" if parsed.cache_dtype == "fp8_e5m2" else "auto"
+    with world.entered():
+        chosen = (
+            index.select_indexer_impl_cls(topk_blocks=parsed.topk, indexer_kv_dtype="bf16").__name__,
+            main.select_main_impl_cls(topk_blocks=parsed.topk, kv_cache_dtype=word, num_kv_heads=2).__name__,
+        )
+    assert chosen == maker.names or parsed.head_dim != 128  # no model has another

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 M3 = "vllm.models.minimax_m3"
 FILES = (f"{M3}.common.indexer", f"{M3}.common.sparse_attention")
 """The modules with the implementation classes and with vLLM's own selection of one."""
+MSA_FILES = (f"{M3}.nvidia.indexer_msa", f"{M3}.nvidia.sparse_attention_msa")
+"""Those with the classes for family 100, which call fmha_sm100."""
 
 Metadata = TypeVar("Metadata")
 
@@ -118,7 +120,7 @@ class LayerWorld(World):
     """One version's modules, the files of its implementation classes among them."""
 
     def __init__(self, folder: Path, arch: Arch, pdl: bool) -> None:
-        super().__init__(folder, arch, pdl, FILES)
+        super().__init__(folder, arch, pdl, (*FILES, *MSA_FILES, f"{M3}.nvidia.msa_cutlass_sparse_decode"))
         self._platform = LayerPlatform(arch, pdl)
         self.add("vllm.platforms", current_platform=self._platform)
         self.config: Any = None
@@ -133,6 +135,7 @@ class LayerWorld(World):
         self._names("vllm.distributed", get_tensor_model_parallel_world_size=lambda: 1)
         self._names("vllm.forward_context", get_forward_context=lambda: SimpleNamespace(attn_metadata=self.attn_metadata))
         self._names("vllm.logger", init_logger=lambda name: _Logger())
+        self.add("vllm.utils.torch_utils", get_dtype_size=None, nvfp4_kv_cache_full_dim=None)  # of caches no case has
         self._names("vllm.model_executor.layers.attention_layer_base")
         self._names(
             "vllm.v1.attention.backend",

@@ -55,6 +55,7 @@ class Modules:
         """Modules of package `root`; only those whose dotted name is `executed` are read from `folder`."""
         self._root = root
         self._modules: dict[str, ModuleType] = {}
+        self._outside: list[dict[str, ModuleType]] = []  # what was there when the world was entered, innermost last
         self._finder = _Finder(root, folder, executed)
 
     def load(self, name: str) -> ModuleType:
@@ -77,7 +78,7 @@ class Modules:
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Put this world's modules into sys.modules, and afterwards everything back as it was."""
-        outside = _taken_out(self._root)
+        self._outside.append(_taken_out(self._root))
         sys.modules.update(self._modules)
         sys.meta_path.insert(0, self._finder)
         try:
@@ -85,7 +86,20 @@ class Modules:
         finally:
             sys.meta_path.remove(self._finder)
             self._modules = _taken_out(self._root)
-            sys.modules.update(outside)
+            sys.modules.update(self._outside.pop())
+
+    @contextmanager
+    def left(self) -> Iterator[None]:
+        """Inside `entered`: everything as it was outside, for a function of the real project."""
+        inside = _taken_out(self._root)
+        sys.meta_path.remove(self._finder)
+        sys.modules.update(self._outside.pop())
+        try:
+            yield
+        finally:
+            self._outside.append(_taken_out(self._root))
+            sys.modules.update(inside)
+            sys.meta_path.insert(0, self._finder)
 
     def add(self, name: str, kind: type[ModuleType] = ModuleType, **attributes: Any) -> None:
         """Put a stand-in in place, with these attributes; the packages above it must be there."""

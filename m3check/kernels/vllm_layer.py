@@ -1,8 +1,9 @@
 """vLLM's own indexer and attention classes of one layer, as an implementation of the op `indexer`.
 
-`MiniMaxM3IndexerTritonImpl`, `MiniMaxM3SparseTritonImpl` and their metadata builders, executed out of a wheel beside
-stand-ins for what they inherit from, so that mistakes between kernels are seen, such as a wrong layout of the buffer that
-hands ids over. That buffer is allocated as the version's own model does, which is read from its source.
+`MiniMaxM3IndexerTritonImpl`, `MiniMaxM3SparseTritonImpl` (or, on family 100, those that call MSA) and their metadata
+builders, executed out of a wheel beside stand-ins for what they inherit from, so that mistakes between kernels are seen,
+such as a wrong layout of the buffer that hands ids over. That buffer is allocated as the version's own model does, which is
+read from its source.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from m3check.arch import Arch
-from m3check.kernels.layer_standin import FILES, Common, LayerWorld
+from m3check.kernels.layer_standin import FILES, MSA_FILES, Common, LayerWorld
 from m3check.kernels.locate import TREE
 from m3check.kernels.serving import Batch, Buffers, Figures, Layout, Tensors
 from m3check.types import BLOCK, Case, Kernel, M3CheckError
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 LAYER = "layers.0.self_attn.attn"
 
 NAMES = ("MiniMaxM3IndexerTritonImpl", "MiniMaxM3SparseTritonImpl")
+MSA_NAMES = ("MiniMaxM3IndexerMSAImpl", "MiniMaxM3SparseMSAImpl")
+"""The indexer's class and attention's."""
 
 
 def missing(folder: Path) -> str | None:
@@ -81,26 +84,42 @@ class LayerMaker:
 
     world: LayerWorld
     layout: Layout
+    msa: tuple[bool, bool] = (False, False)
+    """Whether the indexer and attention are MSA's; then the world has what they import (fmha_sm100.layer)."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The classes of the indexer and of attention."""
+        index, attend = (MSA_NAMES[i] if of_msa else NAMES[i] for i, of_msa in enumerate(self.msa))
+        return index, attend
 
     def __call__(self, figures: Figures, buffers: Buffers) -> Layer:
-        """A layer that keeps the id buffer; scores have no buffer in these classes."""
-        return Layer(self.world, figures, buffers)
+        """A layer that keeps the id buffer; these classes have scores of their own, or none that last."""
+        return Layer(self, figures, buffers)
 
 
 class Layer:
     """One attention layer with its indexer."""
 
-    def __init__(self, world: LayerWorld, figures: Figures, buffers: Buffers) -> None:
-        self._world, self._figures, self._buffers = world, figures, buffers
+    def __init__(self, maker: LayerMaker, figures: Figures, buffers: Buffers) -> None:
+        self._world, self._figures, self._buffers = maker.world, figures, buffers
+        world, names = maker.world, maker.names
         world.config = _config(figures)
-        index_file, attend_file = (world.load(name) for name in FILES)
+        index_file, attend_file = (world.load(MSA_FILES[i] if of_msa else FILES[i]) for i, of_msa in enumerate(maker.msa))
         with world.entered():
-            spec = SimpleNamespace(block_size=BLOCK, num_kv_heads=1, head_size=figures.head_dim)
-            index_builder = index_file.MiniMaxM3IndexerTritonMetadataBuilder
-            self._index_builder = index_builder(spec, [f"{LAYER}.index_cache"], world.config, figures.device)
-            main_builder = attend_file.MiniMaxM3SparseMetadataBuilder
-            self._main_builder = main_builder(spec, [LAYER], world.config, figures.device)
-            self._indexer = index_file.MiniMaxM3IndexerTritonImpl(
+            heads = {"index": 1, "main": figures.kv_heads}
+            specs = {
+                name: SimpleNamespace(block_size=BLOCK, num_kv_heads=count, head_size=figures.head_dim)
+                for name, count in heads.items()
+            }
+            index_class, attend_class = getattr(index_file, names[0]), getattr(attend_file, names[1])
+            self._index_builder = _builder(index_file, "Indexer", maker.msa[0])(
+                specs["index"], [f"{LAYER}.index_cache"], world.config, figures.device
+            )
+            self._main_builder = _builder(attend_file, "Sparse", maker.msa[1])(
+                specs["main"], [LAYER], world.config, figures.device
+            )
+            self._indexer = index_class(
                 num_kv_heads=figures.kv_heads,
                 scale=figures.sm_scale,
                 topk_blocks=figures.topk,
@@ -114,7 +133,7 @@ class Layer:
                 indexer_kv_dtype="fp8" if figures.index_dtype.startswith("fp8") else "bf16",
                 topk_indices_buffer=buffers.ids,
             )
-            self._attention = attend_file.MiniMaxM3SparseTritonImpl(
+            self._attention = attend_class(
                 figures.heads,
                 figures.head_dim,
                 figures.sm_scale,
@@ -153,16 +172,24 @@ class Layer:
         return returned
 
 
+def _builder(file: Any, part: str, msa: bool) -> Any:
+    """The class of a file that builds metadata; attention's Triton one has no word for that in its name."""
+    kind = "MSA" if msa else "Triton" if part == "Indexer" else ""
+    return getattr(file, f"MiniMaxM3{part}{kind}MetadataBuilder")
+
+
 def _config(figures: Figures) -> Any:
     """The figures of a vLLM configuration that the classes read."""
     sparse = {"sparse_num_index_heads": figures.kv_heads, "sparse_topk_blocks": figures.topk}
+    text = SimpleNamespace(sparse_attention_config=sparse, num_attention_heads=figures.heads)
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(sparse_attention_config=sparse)),
+        model_config=SimpleNamespace(hf_config=text, hf_text_config=text),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=figures.max_tokens),
         speculative_config=SimpleNamespace(num_speculative_tokens=figures.max_query_len - 1),
         compilation_config=SimpleNamespace(static_forward_context={}),
-        attention_config=SimpleNamespace(minimax_m3_indexer_cp=False),
-        cache_config=SimpleNamespace(block_size=BLOCK),
+        attention_config=SimpleNamespace(minimax_m3_indexer_cp=False, minimax_m3_msa_decode_backend="triton"),
+        cache_config=SimpleNamespace(block_size=BLOCK, cache_dtype=_cache_word(figures.cache_dtype)),
     )
 
 

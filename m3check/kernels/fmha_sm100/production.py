@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from m3check.arch import Arch
+from m3check.kernels import vllm_layer
 from m3check.kernels.fmha_sm100 import (
     ARCHS,
     PROFILES,
@@ -21,6 +23,7 @@ from m3check.kernels.fmha_sm100 import (
     refusal,
     sparse_attn,
 )
+from m3check.kernels.fmha_sm100 import layer as msa_layer
 from m3check.kernels.fmha_sm100.interface import Interface, imported
 from m3check.kernels.fmha_sm100.locate import beside
 from m3check.kernels.provider import Loaded, with_chains
@@ -28,6 +31,10 @@ from m3check.types import OPS, Case, Evidence, Kernel
 
 SINCE = (0, 27)
 """The first vLLM whose indexer selects MSA where its kernels run; before, it also did where they fail."""
+
+LAYER = "indexer"
+INDEX = ("index_score", "index_topk", "index_decode")
+"""What MSA's indexer runs, all of it or nothing."""
 
 TRITON_SCORED = "minimax_m3_index_decode_score + sparse_topk_select"
 
@@ -74,6 +81,8 @@ class Dispatch:
     wide: Kernel | None
     """`index_decode` scored by Triton."""
     missing: Mapping[str, str]
+    layer: Kernel | None = None
+    """vLLM's classes of a layer, with Triton's kernels."""
 
     @classmethod
     def of(cls, triton: Mapping[str, Kernel], interface: Interface, provider: str) -> Dispatch:
@@ -86,12 +95,33 @@ class Dispatch:
         if "index_topk" in msa and "index_decode_score" in triton:
             function = index_decode.adapter(interface, triton["index_decode_score"].function)
             wide = Kernel(provider, "index_decode", TRITON_SCORED, PROFILES["index_decode"], function)
-        return cls({op: k for op, k in triton.items() if not OPS[op].chain}, msa, wide, missing)
+        layer = triton.get(LAYER)
+        if layer is not None and isinstance(layer.function, vllm_layer.LayerMaker):
+            sentence = interface.lacking(*msa_layer.NEEDS)
+            if sentence is None:
+                msa_layer.put_in(layer.function.world, interface)
+            else:
+                missing[LAYER] = f"{' + '.join(vllm_layer.MSA_NAMES)} cannot run: {sentence}"
+        else:
+            layer = None
+        return cls({op: k for op, k in triton.items() if not OPS[op].chain}, msa, wide, missing, layer)
 
     def kernels(self, case: Case) -> dict[str, Kernel]:
         """All kernels that a case's ops run, chains included."""
         chosen = {op: self._kernel(op, case) for op in {**self.triton, **self.msa}}
-        return with_chains({op: kernel for op, kernel in chosen.items() if kernel is not None}, self.missing)[0]
+        made = with_chains({op: kernel for op, kernel in chosen.items() if kernel is not None}, self.missing)[0]
+        if self.layer is not None and (mixed := made.pop(LAYER, None)) is not None:
+            layer = self._layer(self.layer.function, mixed, case)
+            made |= {LAYER: layer} if layer is not None else {}
+        return made
+
+    def _layer(self, maker: Any, mixed: Kernel, case: Case) -> Kernel | None:
+        """vLLM's classes of a layer for a case: those of MSA where vLLM selects them and their kernels run."""
+        msa = all(takes(op, case) for op in INDEX), takes("sparse_attn", case)
+        if any(msa) and LAYER in self.missing:
+            return None
+        chosen = replace(maker, msa=msa)
+        return replace(mixed, name=" + ".join(chosen.names), function=chosen)
 
     def _kernel(self, op: str, case: Case) -> Kernel | None:
         if not takes(op, case):
