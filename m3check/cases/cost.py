@@ -14,7 +14,7 @@ from m3check.types import OPS, Case
 CALL = 0.15  # seconds a case costs whatever its size: reference, checks, packing, launching
 VALUE = 2e-8  # making, packing and reading one value of a cache, CPU
 SCORE_STEP = 1.2e-3  # one block of one score program (64 x 128 x D), interpreted
-SCORE_CHUNKS = 0.18  # a decode request's 256 score programs, most of them empty
+SCORE_CHUNKS = 0.18  # a decode request's 256 score programs, most of them empty; 16 requests share 4096
 SELECT_ROW = 0.03  # one (query token, head) row of a bitonic top-k
 SPLIT_SELECT = 0.016  # one chunk of a decode row's top-k; 16 chunks while there are few rows
 ATTEND_STEP = 4e-3  # one block of one (query token, KV head) attention program
@@ -66,7 +66,7 @@ def _seconds(case: Case, op: str) -> float:
         if op == "index_score":
             total += SCORE_STEP * -(-request.query_len // TILE) * heads * blocks
         if op in ("index_decode_score", "index_decode"):
-            total += SCORE_CHUNKS + SCORE_STEP * blocks
+            total += SCORE_CHUNKS * min(1, 16 / len(case.kv_lens)) + SCORE_STEP * blocks
         if op == "index_topk":
             total += SELECT_ROW * request.query_len * heads
         if op in ("sparse_attn", "sparse_attn_decode"):
