@@ -52,6 +52,7 @@ class Row:
 
 
 _CUDA = ("sm80", "sm89", "sm90", "sm120", "sm121")
+_CUDA_FP8 = _CUDA[1:]
 _SM100 = ("sm100", "sm103")
 _AMD = ("gfx942", "gfx950")
 _ALL = (*_CUDA, *_SM100, *_AMD)
@@ -74,8 +75,27 @@ def _msa(**fields: Any) -> Row:
     return Row(archs=_SM100, needs=needs, provider="fmha_sm100", **fields)
 
 
+def _layer(index: str, attend: str, **fields: Any) -> Row:
+    """A layer of family 100 with a class that calls MSA, which an installed vLLM has there."""
+    names = [f"MiniMaxM3Indexer{index}Impl", f"MiniMaxM3Sparse{attend}Impl"]
+    folder = "models/minimax_m3/nvidia"
+    file = f"{folder}/indexer_msa.py" if index == "MSA" else f"{folder}/sparse_attention_msa.py"
+    needs = "needs {} and vLLM installed there (--kernels vllm)"
+    return Row(ops=("indexer",), archs=_SM100, name=", ".join(names), file=file, needs=needs, kernel=" + ".join(names),
+               **fields)  # fmt: skip
+
+
 def _not_topk(*sizes: int) -> Callable[[Axes], bool]:
     return lambda axes: axes.get("topk") not in sizes
+
+
+def _plain_index(axes: Axes) -> bool:
+    """Of an op that scores: neither its queries nor its keys are fp8."""
+    return not any(str(axes.get(name, "")).startswith("fp8") for name in ("dtype", "cache_dtype"))
+
+
+def _fp8_index(axes: Axes) -> bool:
+    return axes.get("cache_dtype") == "fp8_e4m3fn" and axes.get("dtype") in ("bf16", "fp8_e4m3fn")
 
 
 def _attends_in_msa(axes: Axes) -> bool:
@@ -84,8 +104,11 @@ def _attends_in_msa(axes: Axes) -> bool:
 
 ROWS: tuple[Row, ...] = (
     # NVIDIA but for family 100: the Triton kernels of common/ops.
-    Row(ops=_INDEX, archs=_CUDA, name="Triton (common)", file=_COMMON),
-    Row(ops=("index_decode_score",), archs=_CUDA, name="Triton (common)", file=_COMMON, since=(0, 25)),
+    Row(ops=_INDEX, archs=_CUDA, name="Triton (common)", file=_COMMON, when="bf16 index", takes=_plain_index),
+    Row(ops=("index_decode_score",), archs=_CUDA, name="Triton (common)", file=_COMMON, since=(0, 25), when="bf16 index",
+        takes=_plain_index),
+    Row(ops=("index_score", "index_decode_score", "index_decode"), archs=_CUDA_FP8, name="Triton (common), fp8",
+        file=_COMMON, since=(0, 32), when="fp8_e4m3fn index", takes=_fp8_index),
     Row(ops=("sparse_attn", "sparse_attn_decode"), archs=_CUDA, name="Triton (common)", file=_COMMON_ATTN),
     # Family 100: MSA where the list length allows it, else Triton.
     _msa(ops=("index_score",), name="fmha_sm100 OnlyScore", file=_FMHA, since=(0, 27),
@@ -108,7 +131,8 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("index_decode",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 25),
         when="topk other than 16", takes=_not_topk(16)),
     Row(ops=("index_decode",), archs=_SM100, name="Triton (common)", file=_COMMON, until=(0, 24)),
-    Row(ops=("index_score",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 27), when="topk other than 16"),
+    Row(ops=("index_score",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 27),
+        when="topk other than 16 (an fp8 index since 0.32)"),
     Row(ops=("index_topk",), archs=_SM100, name="Triton (common)", file=_COMMON, since=(0, 27),
         when="topk other than 16", takes=_not_topk(16)),
     Row(ops=("index_score",), archs=_SM100, name="Triton (common)", file=_COMMON, until=(0, 26),
@@ -124,14 +148,18 @@ ROWS: tuple[Row, ...] = (
     Row(ops=("sparse_attn_decode",), archs=_SM100, name="Triton (common)", file=_COMMON_ATTN),
     _msa(ops=("sparse_attn_decode",), name="CUTLASS msa_cutlass_sparse_decode", since=(0, 27),
         file="models/minimax_m3/nvidia/msa_cutlass_sparse_decode.py",
-        when="on request (minimax_m3_msa_decode_backend), fp8 cache, 16 requests or more"),
+        when="on request (minimax_m3_msa_decode_backend), fp8 cache, 16 requests or more (SM103 since 0.33, M3's heads: "
+             "1,024 rows of query heads)"),
     # AMD: kernels of its own since 0.25, AITER's on request.
-    Row(ops=_INDEX, archs=_AMD, name="Triton (common)", file=_COMMON, until=(0, 24)),
+    Row(ops=_INDEX, archs=_AMD, name="Triton (common)", file=_COMMON, until=(0, 24), when="bf16 index",
+        takes=_plain_index),
     Row(ops=("sparse_attn",), archs=_AMD, name="Triton (common)", file=_COMMON_ATTN, until=(0, 24)),
-    Row(ops=("index_score", "index_topk"), archs=_AMD, name="Triton (amd)", file=_AMD_INDEX, since=(0, 25)),
+    Row(ops=("index_score", "index_topk"), archs=_AMD, name="Triton (amd)", file=_AMD_INDEX, since=(0, 25),
+        when="bf16 index", takes=_plain_index),
     Row(ops=("index_decode",), archs=_AMD, name="Triton (amd), score and selector", file=_AMD_INDEX, since=(0, 25),
-        until=(0, 29)),
-    Row(ops=("index_decode",), archs=_AMD, name="Triton (amd), fused selector", file=_AMD_INDEX, since=(0, 30)),
+        until=(0, 29), when="bf16 index", takes=_plain_index),
+    Row(ops=("index_decode",), archs=_AMD, name="Triton (amd), fused selector", file=_AMD_INDEX, since=(0, 30),
+        when="bf16 index", takes=_plain_index),
     Row(ops=("index_decode_score",), archs=_AMD, name="inside index_decode", file=_AMD_INDEX, since=(0, 25),
         needs="no function of its own there: index_decode runs it"),
     Row(ops=("sparse_attn",), archs=("gfx942",), name="Triton (amd), tiles of 32 keys", since=(0, 25),
@@ -160,13 +188,12 @@ ROWS: tuple[Row, ...] = (
     # A batch through one layer: the implementation classes around the kernels above.
     Row(ops=("indexer",), archs=(*_CUDA, *_AMD), name="MiniMaxM3IndexerTritonImpl, MiniMaxM3SparseTritonImpl",
         file="models/minimax_m3/common/indexer.py", since=(0, 25)),
-    _msa(ops=("indexer",), name="MSA indexer and attention", file="models/minimax_m3/nvidia/indexer_msa.py", since=(0, 25),
-        when="topk 16"),
+    _layer("MSA", "MSA", when="topk 16, cache not fp8_e5m2", since=(0, 25)),
+    _layer("MSA", "Triton", when="topk 16, an fp8_e5m2 cache", since=(0, 25)),
+    _layer("Triton", "MSA", when="topk 4, 8 or 32, cache not fp8_e5m2", since=(0, 27)),
     Row(ops=("indexer",), archs=_SM100, name="MiniMaxM3IndexerTritonImpl, MiniMaxM3SparseTritonImpl",
-        file="models/minimax_m3/common/indexer.py", since=(0, 25), when="topk other than 4, 8, 16, 32",
-        takes=_not_topk(4, 8, 16, 32)),
-    _msa(ops=("indexer",), name="MiniMaxM3IndexerTritonImpl with MSA attention",
-        file="models/minimax_m3/nvidia/sparse_attention_msa.py", since=(0, 27), when="topk 4, 8 or 32"),
+        file="models/minimax_m3/common/indexer.py", since=(0, 25), when="other topk, or 4, 8 or 32 with an fp8_e5m2 cache",
+        takes=lambda axes: axes.get("topk") != 16 and not _attends_in_msa(axes)),
     Row(ops=("indexer",), archs=_ALL, name="the classes of 0.24", file="models/minimax_m3/common/indexer.py", until=(0, 24),
         needs="needs stand-ins for the classes of 0.24, which m3check does not have"),
     # Norm, rotation and insertion: one compiled op everywhere, AITER's on request.

@@ -36,7 +36,9 @@ def test_every_op_has_an_implementation_on_every_target_and_no_two_alike(arch, v
 @pytest.mark.parametrize(
     ("arch", "version", "op", "wanted"),
     [
-        ("sm90", (0, 33), "index_score", ["Triton (common)"]),
+        ("sm90", (0, 33), "index_score", ["Triton (common)", "Triton (common), fp8"]),
+        ("sm90", (0, 31), "index_score", ["Triton (common)"]),
+        ("sm80", (0, 33), "index_score", ["Triton (common)"]),
         ("sm100", (0, 33), "index_score", ["fmha_sm100 OnlyScore", "Triton (common)"]),
         ("sm100", (0, 24), "index_topk", ["Triton (common)"]),
         ("sm103", (0, 25), "index_decode_score", ["Triton (common)"]),
