@@ -16,7 +16,7 @@ from m3check.types import BLOCK, SPARSE, Case, Evidence
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
 
-PROMISES = frozenset({"far_rows", "far_slots", "apart", "empty"})
+PROMISES = frozenset({"far_rows", "far_slots", "apart", "empty", "warm"})
 """Invariants that a kernel need not hold unless its `Profile.bitwise` names them: a finding is noted otherwise."""
 
 LONG = 30.0
@@ -41,6 +41,8 @@ class Invariant:
     """Calls of the kernel (with their judgement) that it takes, for the estimate of its cost."""
     evidence: frozenset[Evidence] = frozenset({"interpreted", "device"})
     tiers: frozenset[str] = frozenset({"smoke", "ci", "full"})
+    most: int = max(COUNT.values())
+    """Cases of an op that show it, in whatever tier."""
 
 
 def _live(case: Case) -> int:
@@ -104,6 +106,10 @@ def _forced_room(case: Case) -> bool:
 
 def _more_blocks(case: Case) -> bool:
     return 2 < case.topk < case.block_columns
+
+
+def _tunable(case: Case) -> bool:
+    return case.op in LISTED or _more_blocks(case)
 
 
 def _telling(case: Case) -> bool:
@@ -214,11 +220,14 @@ INVARIANTS: tuple[Invariant, ...] = (
               "what `build` itself computes for another batch", "steps.stale"),
     Invariant("repeat", EVERY | INSERT | LOGITS | TABLES, _always, "state between calls; on a device, races",
               "a race that never shows", "state.sequence"),
-    Invariant("autotune", SELECT, _more_blocks, "a configuration that is wrong, though another was chosen here",
+    Invariant("autotune", SELECT | LISTED, _tunable, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),
     Invariant("tiles", SINGLE | INSERT, _tiled, "loops and grids of several steps, where the interpreter's tiles take one",
               "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
+    Invariant("warm", SINGLE | INSERT | LOGITS | TABLES, _always, "what compiles or is timed in the middle of serving: an "
+              "argument that becomes 1 or divisible by 16, a constant that follows the batch", "sizes not tried",
+              "state.warm", calls=4, evidence=DEVICE, most=1),
     Invariant("graph", EVERY, _unlike, "lengths, tables or pointers frozen when a graph was captured",
               "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),
     Invariant("load", EVERY, _live_rows, "scratch or metadata shared by launches in flight", "a race that 20 launches hide",
@@ -263,7 +272,7 @@ def assign(
             left = [entry for entry in by_op[op] if invariant.fits(entry[2])]
             left.sort(key=lambda entry, name=invariant.name: not suits(name, entry[2]))  # type: ignore[misc]
             seen: set[tuple[str, ...]] = set()
-            for _ in range(COUNT[tier]):
+            for _ in range(min(COUNT[tier], invariant.most)):
                 if not left:
                     break
                 best = next((entry for entry in left if _kind(entry[2]) not in seen), left[0])

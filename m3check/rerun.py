@@ -131,6 +131,7 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
                 return str(error)
 
         trial.replay, trial.captured = replayed, captured
+        trial.warm = lambda: _warmed(kernel, trial)
         trial.launches = lambda lanes, count: launched(lambda: overlap.in_flight(kernel, lanes, count))
         if session.arch.pdl:
             trial.behind = lambda same, count: launched(lambda: overlap.behind_producer(kernel, same, count))
@@ -146,6 +147,25 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
 
             trial.without_dependent_launch = without
     return trial
+
+
+def _warmed(kernel: Kernel, trial: Trial) -> list[Finding]:
+    """The kernel warmed up as its server would, then given batches of other sizes: what those compiled or timed."""
+    from m3check import runner, warm
+    from m3check.kernels import contract
+    from m3check.paging import World
+
+    inputs, world, warm_up = trial.inputs, World(), kernel.warm_up
+    with warm.listening() as heard:
+        if warm_up is None:
+            trial.call(inputs, world)
+        else:
+            runner.guarded(kernel, lambda: warm_up(**contract.prepare(kernel, inputs, world).arguments))
+        first, later = heard.taken(), []
+        for words, case in warm.batches(inputs.case):
+            trial.call(runner.inputs_for(kernel, case, str(inputs.device)), world)
+            later.append((words, heard.taken()))
+    return warm.judged(first, later, kernel.profile.bitwise)
 
 
 def _configurations(kernel: Kernel, session: Session) -> tuple[list[tuple[str, Callable[[], Any]]], Callable[[], Any]]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from m3check.warm import Variant
+
 
 @dataclass(frozen=True)
 class Specialisation:
@@ -24,6 +26,13 @@ class Specialisation:
     def name(self) -> str:
         """The kernel's name."""
         return str(self.function.__name__)
+
+    @property
+    def variant(self) -> Variant:
+        """What it is compiled for, in words."""
+        source, options = self.source, self.options
+        how = f"{options.num_warps} warps, {options.num_stages} stages"
+        return Variant.of(self.name, source.signature, source.constants, source.attrs, how)
 
 
 @dataclass

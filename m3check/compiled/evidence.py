@@ -5,8 +5,9 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from m3check import warm
 from m3check.arch import Arch
 from m3check.types import DTYPES, OPS, Case, Finding, Kernel, M3CheckError, Status
 
@@ -30,6 +31,8 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
     from m3check.compiled.findings import judge
 
     launches, raised = launches_of(case, kernel)
+    if sweep and kernel.warm_up is not None:
+        launches = [*launches, *launches_of(case, kernel, kernel.warm_up)[0]]
     if not launches and not raised:
         raise NothingToCompile(f"{kernel.name} launches no Triton kernel, so there is nothing to compile")
     goal = target.gpu_target(arch)
@@ -54,20 +57,41 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
         found.append(Finding("captured", Status.INCONCLUSIVE, hint=raised))
     elif sweep:
         found += sweeping.storms(case, lambda other: launches_of(other, kernel)[0])
+        found += warmth(case, kernel, launches)
     return found
 
 
-def launches_of(case: Case, kernel: Kernel) -> tuple[Sequence[Launch], str]:
-    """The launches of a case, and the sentence of what its wrapper raised after them: captured kernels compute nothing."""
+def warmth(case: Case, kernel: Kernel, launches: Sequence[Launch]) -> list[Finding]:
+    """What batches of other sizes would compile anew after these launches, or after the kernel's own warm-up."""
+    if kernel.warm_up is not None:
+        launches = launches_of(case, kernel, kernel.warm_up)[0]
+    later = [(words, _heard(launches_of(other, kernel)[0])) for words, other in warm.batches(case)]
+    return warm.judged(_heard(launches), later, kernel.profile.bitwise)
+
+
+def _heard(launches: Sequence[Launch]) -> warm.Heard:
+    """The variants that launches would be compiled to."""
+    return warm.Heard([each.variant for launch in launches for each in launch.candidates])
+
+
+def launches_of(case: Case, kernel: Kernel, warm_up: Callable[..., Any] | None = None) -> tuple[Sequence[Launch], str]:
+    """The launches of a case, and the sentence of what its wrapper raised after them: captured kernels compute nothing.
+
+    With `warm_up`, that is called instead of the kernel.
+    """
     from m3check import cases
     from m3check.compiled.capture import capturing
     from m3check.kernels import contract
+    from m3check.paging import World
 
     inputs = cases.make_inputs(case)
     raised = ""
     with capturing() as launches:
         try:
-            contract.call(kernel, inputs)
+            if warm_up is None:
+                contract.call(kernel, inputs)
+            else:
+                warm_up(**contract.prepare(kernel, inputs, World()).arguments)
         except Exception as error:
             own = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages/t" not in f.filename]
             place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

@@ -53,7 +53,9 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         if published is not None:
             function = published.adapted(function)
         check_signature(op, function, f"{spec.text}: {name}")
-        kernels[op] = Kernel(spec.text, op, name, profile or (published.profile if published else Profile()), function)
+        promises = profile or (published.profile if published else Profile())
+        warm_up = getattr(module, f"warm_up_{op}", None)
+        kernels[op] = Kernel(spec.text, op, name, promises, function, warm_up=warm_up)
     if not kernels:
         raise M3CheckError(f"{spec.text} defines no kernel; wanted functions named {', '.join(SIGNATURES)}")
     missing = {op: f"{spec.text} defines no {op}" for op in SIGNATURES if op not in kernels}

@@ -48,6 +48,7 @@ class Profile:
     bitwise: frozenset[str] = frozenset()
     """Further promises: `repeat` (the same bits twice), `far_rows` (query tokens whose offset passes 2^31 elements),
     `far_slots` (listed slots of a latent cache likewise),
+    `warm` (after its warm-up, or a first call, batches of other sizes compile nothing),
     `graph` (a CUDA graph can capture the kernel), `apart` (channels, ids and score columns of any stride), `empty` (a batch
     without queries gives an empty result)."""
 
@@ -62,3 +63,5 @@ class Kernel:
     profile: Profile
     function: Callable[..., Any]
     parts: Mapping[str, Kernel] = field(default_factory=dict)  # a chain's kernels, by op
+    warm_up: Callable[..., Any] | None = None
+    """What a server calls once before it serves, with the keywords of a call; other batches then compile nothing."""

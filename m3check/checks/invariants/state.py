@@ -105,6 +105,12 @@ def tiles(trial: Trial) -> list[Finding]:
     return findings or ([trial.passed("tiles")] if trial.tiles else [])
 
 
+def warm(trial: Trial) -> list[Finding]:
+    """Once the kernel is warm, batches of other sizes compile and time nothing."""
+    assert trial.warm is not None
+    return trial.warm()
+
+
 def _does_not_compile(error: BaseException | None) -> bool:
     """Whether a static assertion ruled a configuration out, which the autotuner would skip too."""
     while error is not None:

@@ -42,6 +42,8 @@ class Trial:
     unpin: Callable[[], Any] = lambda: None
     tiles: Sequence[tuple[str, Callable[[], AbstractContextManager[None]]]] = ()
     """Named tile sizes and split counts of the provider's kernels, and what sets each for a while."""
+    warm: Callable[[], list[Finding]] | None = None
+    """The kernel warmed up and given batches of other sizes, and what those compiled."""
     watched: Callable[[Inputs], Run] | None = None
     """The kernel called once more as it was first, every access to memory watched."""
     replay: Callable[[Sequence[Inputs], World], list[Run] | str] | None = None
