@@ -228,12 +228,13 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("warm", SINGLE | INSERT | LOGITS | TABLES, _always, "what compiles or is timed in the middle of serving: an "
               "argument that becomes 1 or divisible by 16, a constant that follows the batch", "sizes not tried",
               "state.warm", calls=4, evidence=DEVICE, most=1),
-    Invariant("graph", EVERY, _unlike, "lengths, tables or pointers frozen when a graph was captured",
+    Invariant("graph", EVERY | INSERT, _unlike, "lengths, tables or pointers frozen when a graph was captured",
               "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),
-    Invariant("load", EVERY, _live_rows, "scratch or metadata shared by launches in flight", "a race that 20 launches hide",
-              "launches.load", calls=2, evidence=DEVICE),
-    Invariant("dependent_launch", DECODE, _live_rows, "reads before an earlier kernel has finished",
-              "early reads of what is neither a length, an id nor scratch", "launches.dependent", calls=3, evidence=DEVICE),
+    Invariant("load", EVERY | INSERT, _live_rows, "scratch or metadata shared by launches in flight",
+              "a race that 20 launches hide", "launches.load", calls=2, evidence=DEVICE),
+    Invariant("dependent_launch", DECODE | INSERT, _live_rows, "reads before an earlier kernel has finished",
+              "early reads of what is neither a length, an id, a fresh row nor scratch", "launches.dependent", calls=3,
+              evidence=DEVICE),
 )  # fmt: skip
 
 

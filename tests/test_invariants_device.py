@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 import test_indexer
 import torch
+import torch_insert
 import torch_kernels as right
 from test_invariants import PROFILE, like, session
 
 from m3check import cases, invariants, kernels, runner
 from m3check.arch import ARCHS, find_arch, present
+from m3check.checks.invariants import launches
 from m3check.kernels import overlap, producer, replay
 from m3check.kernels.composed import Composed, ComposedMaker
 from m3check.kernels.provider import Loaded, with_chains
@@ -305,13 +307,105 @@ def test_load_catches_metadata_of_the_launch_before(replays):
     assert "in flight on two streams" in result.reason
 
 
+# Inserts work in place: their rows are fresh in every launch, and where a token goes changes between replays.
+
+INSERT = "qknorm_rope_insert/q=1+3,kv=300+130,h=1,g=2,icache=fp8_e4m3fn,ids=skip_first"
+SAME = "qknorm_rope_insert/q=4,kv=130,h=1,g=1,queries=fp8"
+
+
+@pytest.fixture(autouse=True)
+def few_launches(monkeypatch, request):
+    if "replays" in request.fixturenames and "insert" in request.node.name:
+        monkeypatch.setattr(launches, "LAUNCHES", 6)
+
+
+def inserted(replays, function, names, case=INSERT, waits=True):
+    made = session({"qknorm_rope_insert": replays.captured(function, "qknorm_rope_insert", waits)}, PROFILE)
+    made = replace(made, evidence="device", arch=find_arch("sm90"))
+    parsed = cases.parse_id(case)
+    return runner.run_one(parsed, made, PlanLine(case, parsed.op, "user", "device", None, names), "")
+
+
+@pytest.mark.parametrize("case", [INSERT, SAME])
+def test_a_right_insert_holds_them(replays, case):
+    names = tuple(name for name in invariants.fitting(cases.parse_id(case), "device") if name in ON_A_DEVICE)
+    assert set(names) == set(ON_A_DEVICE) - ({"graph"} if case == SAME else set())
+    result = inserted(replays, torch_insert.kernel(), names, case)
+    assert result.status is Status.PASSED, result.reason
+    assert set(names) <= {f.check for f in result.findings if f.status is Status.PASSED}
+
+
+@pytest.mark.parametrize("name", ["slot_mapping", "index_slot_mapping", "positions"])
+def test_graph_catches_an_insert_that_keeps_what_it_was_captured_with(replays, name):
+    kept = {}
+
+    def frozen(**arguments):
+        if replays.mode == "capture":
+            kept[name] = arguments[name].clone()
+        if replays.mode == "replay":
+            arguments[name] = kept[name]
+        torch_insert.kernel()(**arguments)
+
+    assert inserted(replays, frozen, ()).status is Status.PASSED
+    result = inserted(replays, frozen, ("graph",))
+    assert result.status is Status.FAILED
+    assert "replayed" in result.reason
+
+
+def test_graph_catches_a_write_for_a_token_that_lost_its_slot(replays):
+    """Padding of a replay had a slot when the graph was captured, and has it still."""
+    kept = {}
+
+    def keeps(**arguments):
+        slots = arguments["slot_mapping"]
+        if replays.mode == "capture":
+            kept["live"] = slots >= 0
+        if replays.mode == "replay" and bool(((slots < 0) & kept["live"]).any()):
+            arguments["slot_mapping"] = slots.where((slots >= 0) | ~kept["live"], slots.max() + 1)
+        torch_insert.kernel()(**arguments)
+
+    result = inserted(replays, keeps, ("graph",))
+    assert result.status is Status.FAILED
+    assert "which no token of the batch has" in result.reason or "fewer live rows" in result.reason
+
+
+@pytest.mark.parametrize(("name", "case"), [("slot_mapping", INSERT), ("positions", SAME)])
+def test_load_catches_an_insert_with_the_metadata_of_the_launch_before(replays, name, case):
+    before = []
+
+    def shared(**arguments):
+        before.append(arguments[name].clone())
+        if len(before) > 3:
+            arguments[name] = before[-2]
+        torch_insert.kernel()(**arguments)
+
+    assert inserted(replays, shared, (), case).status is Status.PASSED
+    before.clear()
+    result = inserted(replays, shared, ("load",), case)
+    assert result.status is Status.FAILED
+    assert "in flight on two streams" in result.reason
+
+
+def test_dependent_launch_catches_rows_that_are_read_before_the_wait(replays):
+    def early(**arguments):
+        whole = arguments["qkv"]
+        arguments["qkv"] = whole.clone()
+        replays.wait()
+        torch_insert.kernel()(**arguments)
+        whole.copy_(arguments["qkv"])
+
+    result = inserted(replays, early, ("dependent_launch",), waits=False)
+    assert result.status is Status.FAILED
+    assert "right behind a slow kernel" in result.reason
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_launches_in_flight_do_not_share_their_metadata(replays, case, monkeypatch):
-    launches, seen = overlap.in_flight, []
+    in_flight, seen = overlap.in_flight, []
 
     def spy(kernel, lanes, count):
         seen.extend(lanes)
-        return launches(kernel, lanes, count)
+        return in_flight(kernel, lanes, count)
 
     monkeypatch.setattr(overlap, "in_flight", spy)
     assert run(replays, right.RIGHT, case, ("load",)).status is Status.PASSED

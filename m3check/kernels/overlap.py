@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from m3check.kernels import calls
 from m3check.kernels.replay import launch, stages, taken
 from m3check.types import Inputs, Kernel
 
@@ -23,18 +24,19 @@ BUSY = 1 << 25
 
 ROUNDS = 50
 
-HANDED_OVER = ("seq_lens", "topk_idx")
+HANDED_OVER = ("seq_lens", "context_lens", "topk_idx", "qkv")
 """What an earlier kernel of a model writes, and a dependent launch must not read before its wait."""
 
 
 def in_flight(kernel: Kernel, lanes: Sequence[tuple[Inputs, World]], count: int) -> list[tuple[int, Run]]:
     """`count` launches without waiting, one lane (a stream with inputs and buffers of its own) after another.
 
-    They start together, on a GPU that other work fills for a while. Returns (lane, its run) in the order of the launches.
+    They start together, on a GPU that other work fills for a while. A kernel that works in place finds its tensors changed
+    by the launch before, so that each launch has its own. Returns (lane, its run) in the order of the launches.
     """
     import torch
 
-    prepared = [stages(kernel, inputs, world) for inputs, world in lanes]
+    prepared = [stages(kernel, *lanes[i % len(lanes)]) for i in range(count if calls.of(kernel.op).held else len(lanes))]
     busy = torch.zeros(BUSY, device=_device(prepared[0]))
     streams = [torch.cuda.Stream() for _ in lanes]
     other = torch.cuda.Stream()
@@ -47,15 +49,14 @@ def in_flight(kernel: Kernel, lanes: Sequence[tuple[Inputs, World]], count: int)
             busy.add_(1.0)
     kept: list[tuple[int, list[Any]]] = []
     for i in range(count):
-        lane = i % len(lanes)
-        with torch.cuda.stream(streams[lane]):
-            kept.append((lane, [_copied(result) for result in launch(prepared[lane])]))
+        with torch.cuda.stream(streams[i % len(lanes)]):
+            kept.append((i, [_copied(result) for result in launch(prepared[i % len(prepared)])]))
     torch.cuda.synchronize()
-    return [(lane, taken(prepared[lane], results, lanes[lane][0])) for lane, results in kept]
+    return [(i % len(lanes), taken(prepared[i % len(prepared)], results, lanes[i % len(lanes)][0])) for i, results in kept]
 
 
 def behind_producer(kernel: Kernel, inputs: Inputs, count: int) -> list[Run]:
-    """`count` calls, each right behind a slow kernel that writes its lengths and ids, which until then are others.
+    """`count` calls, each right behind a slow kernel that writes its lengths, ids or rows, which until then are others.
 
     Outputs and scratch hold what calls before left or poison. A kernel that is launched early and does not wait before it
     reads computes something else.
@@ -78,13 +79,13 @@ def behind_producer(kernel: Kernel, inputs: Inputs, count: int) -> list[Run]:
                     buffer.reset()
             torch.cuda._sleep(HELD)
             producer.produce(live, right, zero)
-            kept.append([_copied(result) for result in launch(prepared)])
+            kept.append(taken(prepared, launch(prepared), inputs))
         torch.cuda.synchronize()
-    return [taken(prepared, results, inputs) for results in kept]
+    return kept
 
 
 def _handed_over(prepared: Sequence[Prepared], inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """One tensor in which all lengths and id lists of the stages now live, its right contents and others in bounds."""
+    """One tensor in which all lengths, ids and rows of the stages now live, its right contents and others in bounds."""
     import torch
 
     found = [
@@ -96,21 +97,32 @@ def _handed_over(prepared: Sequence[Prepared], inputs: Inputs) -> tuple[Tensor, 
     starts, size = [], 0
     for _, _, tensor in found:
         starts.append(size)
-        size += -(-tensor.numel() // 64) * 64  # keeps the alignment that a kernel was compiled for
+        size += -(-_bits(tensor).numel() // 64) * 64  # keeps the alignment that a kernel was compiled for
     live = torch.zeros(size, dtype=torch.int32, device=_device(prepared))
     right, stale = torch.zeros_like(live), torch.zeros_like(live)
     queries = max(inputs.case.query_lens, default=0)
     for start, (stage, name, tensor) in zip(starts, found, strict=True):
-        cells = slice(start, start + tensor.numel())
-        right[cells] = tensor.flatten()
-        if name == "seq_lens":
-            stale[cells] = tensor.clamp(max=queries).flatten()
-        else:  # block 0 alone
+        cells = slice(start, start + _bits(tensor).numel())
+        right[cells] = _bits(tensor)
+        if name == "topk_idx":  # block 0 alone
             others = torch.full_like(tensor, -1)
             others[..., 0] = 0
-            stale[cells] = others.flatten()
-        stage.arguments[name] = live[cells].view(tensor.shape)
+        elif name == "qkv":  # rows and heads of others
+            others = tensor.flip(0, 1)
+        else:
+            others = tensor.clamp(max=queries)
+        stale[cells] = _bits(others)
+        stage.arguments[name] = live[cells].view(tensor.dtype).view(tensor.shape)
+        if name in stage.buffers:  # worked on in place: what is read there afterwards
+            stage.buffers[name].view = stage.arguments[name]
     return live, right, stale
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its contents as int32, flat."""
+    import torch
+
+    return tensor.contiguous().view(torch.int32).flatten()
 
 
 def _copied(result: Any) -> Any:

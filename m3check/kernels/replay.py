@@ -90,7 +90,8 @@ def captured(launched: Callable[[], Answer], name: str) -> tuple[Any, Answer]:
 def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run]:
     """Capture a graph on the first inputs; replay it with the contents of each of the others in the same tensors.
 
-    Raises CannotCapture for a kernel that waits for the device.
+    A replay is read, and watched, as the call whose contents it was given: what it may write, and where that stands, are
+    that call's. Raises CannotCapture for a kernel that waits for the device.
     """
     import torch
 
@@ -98,11 +99,15 @@ def replayed(kernel: Kernel, inputs: Sequence[Inputs], world: World) -> list[Run
     graph, results = captured(lambda: launch(first), kernel.name)
     runs = []
     for each in inputs[1:]:
-        for stage, new in zip(first, stages(kernel, each, world), strict=True):
+        fresh = stages(kernel, each, world)
+        for stage, new in zip(first, fresh, strict=True):
             _copy(stage, new)
         graph.replay()
         torch.cuda.synchronize()
-        runs.append(taken(first, results, each))
+        for stage, new in zip(first, fresh, strict=True):
+            for name, buffer in new.buffers.items():
+                buffer.hold(stage.buffers[name])
+        runs.append(taken(fresh, results, each))
     return runs
 
 
@@ -120,7 +125,10 @@ def _copy(stage: Prepared, new: Prepared) -> None:
             raise M3CheckError(
                 f"a graph cannot be replayed with {name} of shape {list(source.shape)}, not {list(tensor.shape)}"
             )
-        _words(tensor).copy_(_words(source))
+        if name in stage.buffers:
+            stage.buffers[name].hold(new.buffers[name])
+        else:
+            _words(tensor).copy_(_words(source))
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

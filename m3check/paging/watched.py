@@ -32,6 +32,10 @@ class Guard:
         """Put back what the buffer and its surroundings held at first."""
         words(self._backing).copy_(words(self._before))
 
+    def hold(self, other: Guard) -> None:
+        """Hold what another buffer of this shape and its surroundings hold."""
+        words(self._backing).copy_(words(other._backing))
+
     def own(self, dim: int, count: int) -> None:
         """Let the kernel write the first `count` entries of one dimension of the view only."""
         rest = self.view.narrow(dim, count, self.view.shape[dim] - count)

@@ -96,4 +96,8 @@ def reordered(inputs: Inputs, dead: bool = False) -> Inputs:
         Part(r, 0, r.query_len, 0) if dead and r is victim and OPS[case.op].phase == "decode" else Part.whole(r)
         for r in requests
     ]
-    return assembled(inputs, parts)[0]
+    made, _ = assembled(inputs, parts)
+    if dead and "kept" in made.more:  # tokens of an insert that are padding now: they have no slot
+        kept = torch.arange(made.case.total_queries, device=made.device) >= parts[0].stop
+        made = replace(made, more={**made.more, "kept": made.more["kept"] & kept})
+    return made

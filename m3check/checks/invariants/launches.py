@@ -22,7 +22,7 @@ def graph(trial: Trial) -> list[Finding]:
     world = World(
         max_seq_len=max(case.context, 1),
         columns=case.block_columns + 2,
-        pages=sum(blocks(n) for n in case.kv_lens) + SPARE_PAGES,
+        pages=sum(blocks(n) for n in case.kv_lens) + SPARE_PAGES if OPS[case.op].phase == "decode" else 0,
     )
     later: list[tuple[str, Inputs]] = [("other lengths and pages", reordered(inputs))]
     if case.op != "index_topk":
@@ -72,6 +72,8 @@ def _elsewhere(trial: Trial) -> tuple[Inputs, World]:
         ids = inputs.topk_idx.clone()
         ids[..., (case.topk + 1) // 2 :] = -1
         inputs = replace(inputs, topk_idx=ids)
+    if "positions" in inputs.more:
+        inputs = replace(inputs, more={**inputs.more, "positions": inputs.more["positions"] + 1})
     return inputs, World(salt="in flight")
 
 
@@ -102,7 +104,7 @@ def dependent(trial: Trial) -> list[Finding]:
     if trial.behind is not None:
         tried = True
         for run in trial.behind(trial.inputs, BEHIND):
-            change = "launched right behind a slow kernel that writes lengths and ids"
+            change = "launched right behind a slow kernel that writes lengths, ids or fresh rows"
             finding = trial.same("dependent_launch", change, run)
             if finding.status is not Status.PASSED:
                 return [finding]
