@@ -125,14 +125,13 @@ def _interpreter() -> Iterator[Line]:
 
 
 def _providers() -> Iterator[Line]:
-    distributions = {"vllm": "vllm", "sglang": "sglang", "flashinfer": "flashinfer-python"}
     from m3check.kernels import PROVIDERS
 
     for provider in PROVIDERS:
         forms = ", ".join(provider.grammar)
-        if provider.name not in distributions:
+        if not provider.distribution:
             yield Line(f"provider {provider.name}", "ok", f"{forms} (needs {provider.needs})")
-        elif version := _version(distributions[provider.name]):
+        elif version := _version(provider.distribution):
             yield Line(f"provider {provider.name}", "ok", f"installed: {version}; {forms}")
         else:
             advice = f"needs {provider.needs}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from m3check import cases, kernels, reference
 from m3check.arch import ARCHS
 from m3check.kernels import calls, contract
-from m3check.kernels.provider import Loaded
+from m3check.kernels.provider import Loaded, Spec
 from m3check.types import OPS, Case, Kernel, M3CheckError, Profile
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my_kernels.py"
@@ -60,6 +61,18 @@ def test_a_spec_names_a_provider(text, fields):
     spec = kernels.parse_spec(text)
     assert spec.text == text
     assert {name: getattr(spec, name) for name in fields} == fields
+
+
+def test_an_entry_of_the_list_is_all_that_a_new_provider_is_named_by(monkeypatch):
+    library = kernels.Provider("mine", ("mine", "mine:PATH"), "kernels", "a GPU", "m3check.kernels.user")
+    wheels = replace(kernels.PROVIDERS[1], name="ours", grammar=("ours", "ours==X.Y.Z"))
+    monkeypatch.setattr(kernels, "PROVIDERS", (library, wheels))
+    assert kernels.parse_spec("mine") == Spec("mine", "mine")
+    assert kernels.parse_spec("mine:/here") == Spec("mine:/here", "mine", path="/here")
+    assert kernels.parse_spec("ours==1.2") == Spec("ours==1.2", "ours", version="1.2")
+    for text in ("mine==1.2", "ours:here", "vllm"):
+        with pytest.raises(M3CheckError, match=r"known: mine · mine:PATH · ours · ours==X\.Y\.Z"):
+            kernels.parse_spec(text)
 
 
 @pytest.mark.parametrize("text", ["./file.py", "file.py", "~/file.py", "vllm:here"])

@@ -8,9 +8,6 @@ from importlib import metadata
 
 from m3check.commands.talk import emit
 
-LIBRARIES = {"triton": "triton", "vllm": "vllm", "sglang": "sglang", "flashinfer": "flashinfer-python"}
-"""The distribution whose installed version is shown for a provider."""
-
 
 def main(arguments: argparse.Namespace) -> int:
     """Print the providers, or with --signatures the functions that a user's file may define."""
@@ -21,9 +18,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from m3check.kernels import PROVIDERS
 
-    rows = [
-        (p.name, "\n".join(p.grammar), p.summary, p.needs, installed(LIBRARIES.get(p.name, "")) or "–") for p in PROVIDERS
-    ]
+    rows = [(p.name, "\n".join(p.grammar), p.summary, p.needs, installed(p.distribution) or "–") for p in PROVIDERS]
     headers = ["provider", "SPEC", "what it is", "needs", "installed"]
     emit(tabulate(rows, headers=headers, tablefmt="grid", disable_numparse=True, maxcolwidths=[None, None, 44, 36, None]))
     return 0

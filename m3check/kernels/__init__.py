@@ -8,18 +8,17 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping
 from types import ModuleType
 
 from m3check.arch import Arch
-from m3check.kernels.project import SGLANG, VLLM, Project
+from m3check.kernels.project import SGLANG, VLLM
 from m3check.kernels.provider import Loaded, Provider, Spec
 from m3check.types import Case, Evidence, M3CheckError
 
 __all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "compiles", "load", "parse_spec", "prepare", "refuses", "suits"]
 
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("triton", ("triton",), "m3check's own Triton kernels", "triton", "m3check.kernels.ours"),
+    Provider("triton", ("triton",), "m3check's own Triton kernels", "triton", "m3check.kernels.ours", "triton"),
     Provider(
         "vllm",
         ("vllm", "vllm==X.Y.Z", "vllm:PATH"),
@@ -27,6 +26,8 @@ PROVIDERS: tuple[Provider, ...] = (
         "folder or a wheel file)",
         "triton; for vllm==X.Y.Z pip and the network once, then the cache",
         "m3check.kernels.vllm",
+        "vllm",
+        VLLM,
     ),
     Provider(
         "sglang",
@@ -35,6 +36,8 @@ PROVIDERS: tuple[Provider, ...] = (
         "folder or a wheel file)",
         "triton; for sglang==X.Y.Z pip and the network once, then the cache",
         "m3check.kernels.sglang",
+        "sglang",
+        SGLANG,
     ),
     Provider(
         "fmha_sm100",
@@ -50,6 +53,7 @@ PROVIDERS: tuple[Provider, ...] = (
         "FlashInfer's msa_ops for SM120 and SM121: installed, or at PATH (a checkout, a site-packages folder)",
         "an SM120 or SM121 GPU, flashinfer-python 0.6.18 or newer",
         "m3check.kernels.flashinfer",
+        "flashinfer-python",
     ),
     Provider(
         "user",
@@ -60,38 +64,27 @@ PROVIDERS: tuple[Provider, ...] = (
     ),
 )
 
-_PUBLISHED: Mapping[str, Project] = {project.name: project for project in (VLLM, SGLANG)}
-"""Providers that may be named by a version or by a path."""
-
-_LIBRARIES = frozenset({"fmha_sm100", "flashinfer"})
-"""Providers that are installed, or named by a path."""
-
+_NAMED = re.compile(r"(\w+)(?:(==|:)(.*))?")
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+!]*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def parse_spec(text: str) -> Spec:
     """A provider from its command-line form; raises M3CheckError that lists the known forms."""
-    name, _, version = text.partition("==")
-    if name in _PUBLISHED and "==" in text:
-        if not _VERSION.fullmatch(version):
-            example = f"{name}=={_PUBLISHED[name].example}"
-            raise M3CheckError(f"{text!r}: wanted a version after ==, such as {example}, got {version!r}")
-        return Spec(text, name, version=version)
-    name, colon, path = text.partition(":")
-    if name in _PUBLISHED and colon:
-        if not path:
-            raise M3CheckError(
-                f"'{name}:' lacks a path: {name}:PATH names a checkout, a site-packages folder or a wheel file"
-            )
-        return Spec(text, name, path=_absolute(path))
-    if text == "triton" or text in _PUBLISHED:
-        return Spec(text, text)
-    name, colon, path = text.partition(":")
-    if name in _LIBRARIES:
-        if colon and not path:
-            raise M3CheckError(f"'{name}:' lacks a path: {name}:PATH names a checkout or a site-packages folder")
-        return Spec(text, name, path=_absolute(path) if colon else "")
+    name, mark, rest = match.groups(default="") if (match := _NAMED.fullmatch(text)) else ("", "", "")
+    provider = next((p for p in PROVIDERS if p.name == name and name in p.grammar), None)
+    if provider and not mark:
+        return Spec(text, name)
+    if provider and provider.project and mark == "==":
+        if not _VERSION.fullmatch(rest):
+            example = f"{name}=={provider.project.example}"
+            raise M3CheckError(f"{text!r}: wanted a version after ==, such as {example}, got {rest!r}")
+        return Spec(text, name, version=rest)
+    if provider and provider.paths and mark == ":":
+        if not rest:
+            more = ", a site-packages folder or a wheel file" if provider.project else " or a site-packages folder"
+            raise M3CheckError(f"'{name}:' lacks a path: {name}:PATH names a checkout{more}")
+        return Spec(text, name, path=_absolute(rest))
     if text.endswith(".py") or "/" in text or os.sep in text:
         return Spec(text, "user", path=_absolute(text))
     if _MODULE.fullmatch(text):

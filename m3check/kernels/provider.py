@@ -10,6 +10,7 @@ from typing import Any
 
 from m3check.arch import Arch
 from m3check.kernels import named
+from m3check.kernels.project import Project
 from m3check.types import OPS, Case, Evidence, Kernel
 
 
@@ -40,6 +41,15 @@ class Provider:
     """What must be installed or reachable, in words."""
     module: str
     """Where its `prepare`, `load` and `refuses` are; imported only when they are called."""
+    distribution: str = ""
+    """What is installed where it is: a name on the package index, whose version is told."""
+    project: Project | None = None
+    """Whose published wheels hold its kernels; such a provider may be named by a version, `name==X.Y.Z`."""
+
+    @property
+    def paths(self) -> bool:
+        """Whether it may be named by a path, `name:PATH`."""
+        return f"{self.name}:PATH" in self.grammar
 
 
 Refusal = Callable[[str, Case], str | None]
