@@ -82,7 +82,7 @@ def _unlike(case: Case) -> bool:
 
 
 def _heads(case: Case) -> bool:
-    return case.kv_heads > 1
+    return case.kv_heads > 1 or (case.op in LOGITS and case.gqa > 1)
 
 
 def _draft(case: Case) -> bool:
@@ -95,8 +95,8 @@ def _live_rows(case: Case) -> bool:
 
 
 def _rows(case: Case) -> bool:
-    """Enough rows that the offset of the last one passes 32 bits and their stride does not."""
-    return case.total_queries > 2
+    """Enough rows, or requests of several, that the offset of the last one passes 32 bits and their stride does not."""
+    return (len(case.query_lens) if case.op in PAGED else case.total_queries) > 2
 
 
 def _forced_room(case: Case) -> bool:
@@ -112,6 +112,10 @@ def _tunable(case: Case) -> bool:
     return case.op in LISTED or _more_blocks(case)
 
 
+def _tunable(case: Case) -> bool:
+    return case.op in LOGITS or _more_blocks(case)
+
+
 def _telling(case: Case) -> bool:
     """Lists of several ids that every kernel accepts, and values of which each moves the result: probes hold most still."""
     return case.ids in ("full", "ascending") and case.fill in ("gauss", "wide", "integer") and case.topk > 1
@@ -121,6 +125,8 @@ def _tiled(case: Case) -> bool:
     """More rows and blocks than the smallest tile of any kernel, so that its loops and grids have several steps."""
     if case.op in INSERT:
         return case.total_queries * case.kv_heads > 4
+    if case.op in LOGITS:
+        return case.context > 64
     scoring = case.op in ("index_score", "index_decode_score")
     rows = max(case.query_lens, default=0) if scoring else case.total_queries
     wide = case.topk >= 4 if case.op in ATTEND else case.block_columns > 16
@@ -162,7 +168,7 @@ DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
 
 INVARIANTS: tuple[Invariant, ...] = (
-    Invariant("poison", EVERY | MIXED | INSERT | PAGED, _tails, "bytes that no live token owns, whatever they hold",
+    Invariant("poison", EVERY | MIXED | INSERT | LOGITS, _tails, "bytes that no live token owns, whatever they hold",
               "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
               {"poison": "garbage"}),
     Invariant("pages", CACHED | CHAINS | MIXED | INSERT | PAGED | TABLES, _pages, "page ids kept; arithmetic on them",
@@ -170,19 +176,19 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("strides", EVERY | MIXED | INSERT | LOGITS, _caches, "strides that are assumed, of dimensions of size 1 too",
               "column strides of block tables, which are 1 everywhere", "memory.physical",
               {"layout": "other", "odd_strides": True}),
-    Invariant("far_pages", (CACHED - LISTED) | INSERT, _live_rows, "32-bit products of page id and stride",
+    Invariant("far_pages", (CACHED - LISTED) | INSERT | PAGED, _live_rows, "32-bit products of page id and stride",
               "offsets into other tensors", "memory.far_pages"),
     Invariant("far_slots", LISTED, _live_rows, "32-bit products of a listed token's slot and the stride of slots",
               "offsets into other tensors", "memory.far_slots", tiers=frozenset({"ci", "full"})),
-    Invariant("far_rows", SINGLE | PAGE_TABLES, _rows, "32-bit products of query token and stride, in queries, ids, scores "
-              "and outputs", "offsets of heads", "memory.far_rows"),
+    Invariant("far_rows", SINGLE | LOGITS | PAGE_TABLES, _rows, "32-bit products of query token and stride, in queries, "
+              "ids, scores and outputs; of a key's row and stride in `mqa_logits`", "offsets of heads", "memory.far_rows"),
     Invariant("room", INDEX | PAGED | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, "
               "max_decode_query_len, table width) that enter the result", "limits that are too small", "memory.room"),
     Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million tokens "
               "gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
-    Invariant("own_buffers", SELECT | LISTED | {"index_decode_score"}, _live_rows, "a result that is wrong where a kernel "
-              "itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
-    Invariant("apart", SINGLE, _live_rows, "strides of channels, ids and score columns, which are 1 elsewhere",
+    Invariant("own_buffers", SELECT | LISTED | LOGITS | {"index_decode_score"}, _live_rows, "a result that is wrong where "
+              "a kernel itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
+    Invariant("apart", SINGLE | LOGITS, _live_rows, "strides of channels, ids and score columns, which are 1 elsewhere",
               "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
     Invariant("future", (CACHED | CHAINS | LOGITS) - LISTED, _draft, "a token after the query's position enters the result",
               "tokens whose weight underflows", "content.future"),
@@ -190,19 +196,21 @@ INVARIANTS: tuple[Invariant, ...] = (
               "one that reads only its neighbour's length", "content.neighbours"),
     Invariant("batch_order", SINGLE | INSERT | LOGITS, _unlike, "state carried from one request to the next; fixed places "
               "in a batch", "one order in which all is right", "batch.order"),
-    Invariant("head_order", SINGLE - LISTED | INSERT, _heads, "heads that are treated by their place",
+    Invariant("head_order", SINGLE - LISTED | INSERT | LOGITS, _heads, "heads that are treated by their place",
               "gqa lanes within a KV head", "batch.heads"),
     Invariant("alone", EVERY | INSERT | LOGITS, _several, "results that depend on the other requests", "batches of one",
               "batch.alone"),
-    Invariant("padded", DECODE | PAGED, _live_rows, "padded rows (length 0) that change the rows of others",
+    Invariant("padded", DECODE | LOGITS, _live_rows, "padded rows (length 0) that change the rows of others",
               "what stands in the padded rows", "batch.padded"),
+    Invariant("all_padded", DECODE | LOGITS, _live_rows, "what padded rows hold where no row of the batch is live",
+              "one length of a batch", "batch.all_padded"),
     Invariant("empty", SINGLE | INSERT | LOGITS | PAGE_TABLES, _always, "a batch without any query: a division by zero, "
               "another shape", "batches with a query", "batch.empty", evidence=INTERPRETED),
-    Invariant("chunked", PREFILL, _draft, "a prefix taken for queries; chunk boundaries inside a block",
+    Invariant("chunked", PREFILL | {"mqa_logits"}, _draft, "a prefix taken for queries; chunk boundaries inside a block",
               "boundaries at other places", "routes.chunked", calls=2),
-    Invariant("verify", DECODE, _draft, "draft tokens judged otherwise than one by one", "draft lengths not tried",
+    Invariant("verify", DECODE | PAGED, _draft, "draft tokens judged otherwise than one by one", "draft lengths not tried",
               "routes.verify"),
-    Invariant("same_as_prefill", frozenset({"index_decode_score", "sparse_attn_decode", "decode"}), _live_rows,
+    Invariant("same_as_prefill", frozenset({"index_decode_score", "sparse_attn_decode", "decode"}) | PAGED, _live_rows,
               "decode that answers another question than prefill", "a mistake that both share", "routes.prefill"),
     Invariant("readers", INSERT, _stored, "a reader that multiplies what was stored, told no scale or a scale of 1",
               "scales that a layer loads for its readers", "readers.scale", calls=5),
@@ -223,8 +231,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("autotune", SELECT | LISTED, _tunable, "a configuration that is wrong, though another was chosen here",
               "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),
-    Invariant("tiles", SINGLE | INSERT, _tiled, "loops and grids of several steps, where the interpreter's tiles take one",
-              "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
+    Invariant("tiles", SINGLE | INSERT | LOGITS, _tiled, "loops and grids of several steps, where the interpreter's "
+              "tiles take one", "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
     Invariant("warm", SINGLE | INSERT | LOGITS | TABLES, _always, "what compiles or is timed in the middle of serving: an "
               "argument that becomes 1 or divisible by 16, a constant that follows the batch", "sizes not tried",
               "state.warm", calls=4, evidence=DEVICE, most=1),

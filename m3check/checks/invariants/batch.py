@@ -22,13 +22,18 @@ def order(trial: Trial) -> list[Finding]:
 
 
 def heads(trial: Trial) -> list[Finding]:
-    """KV and index heads rotated by one, each with its group of query heads."""
+    """KV and index heads rotated by one, each with its query heads; summed heads, each with its weight."""
     inputs = trial.inputs
     case = inputs.case
     device = next(iter(trial.first.outputs.values())).device
-    turn = torch.arange(1, case.kv_heads + 1, device=device) % case.kv_heads
+
+    def rotated(count: int) -> torch.Tensor:
+        return torch.arange(1, count + 1, device=device) % count
+
+    turn = rotated(case.kv_heads)
+    index = rotated(case.index_width if inputs.idx_q is None else inputs.idx_q.shape[1])
     lanes = (turn[:, None] * case.gqa + torch.arange(case.gqa, device=device)).flatten()
-    by = {"idx_q": (1, turn), "k": (1, turn), "v": (1, turn), "q": (1, lanes), "scores": (0, turn), "topk_idx": (0, turn)}
+    by = {"idx_q": (1, index), "k": (1, turn), "v": (1, turn), "q": (1, lanes), "scores": (0, turn), "topk_idx": (0, turn)}
     by |= dict.fromkeys(("k_scale", "v_scale"), (1, turn))
     changed = {name: getattr(inputs, name) for name in by}
     turned: dict[str, Any] = {
@@ -36,8 +41,7 @@ def heads(trial: Trial) -> list[Finding]:
         for name, tensor in changed.items()
         if tensor is not None and tensor.dim() > 0
     }
-    index = torch.arange(1, case.index_width + 1, device=device) % case.index_width
-    by = {"x_q": (1, lanes), "x_idx_q": (1, index), **dict.fromkeys(("x_k", "x_v"), (1, turn))}
+    by = {"x_q": (1, lanes), "x_idx_q": (1, index), "weights": (1, index), "x_k": (1, turn), "x_v": (1, turn)}
     further = {
         name: taken(tensor, by[name][1], by[name][0]) if name in by and tensor.numel() else tensor
         for name, tensor in inputs.more.items()
@@ -72,6 +76,20 @@ def padded(trial: Trial) -> list[Finding]:
     rows = rows.where(torch.tensor(keep, device=rows.device), -1)
     run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
     return [trial.same("padded", "padded rows of length 0 stood between the requests", run, bitwise=False)]
+
+
+def all_padded(trial: Trial) -> list[Finding]:
+    """The same queries, none of which sees a token: what such rows hold is judged as in any other batch."""
+    decode = OPS[trial.inputs.case.op].phase == "decode"
+    parts = []
+    for request in trial.inputs.case.requests():
+        if not decode:  # keys that no query sees
+            parts.append(Part(request, 0, 0, request.kv_len))
+        parts.append(Part(request, 0, request.query_len, 0))
+    inputs, _ = assembled(trial.inputs, parts)
+    if inputs.topk_idx is not None:  # what a selection leaves in such rows
+        inputs = replace(inputs, topk_idx=torch.full_like(inputs.topk_idx, -1))
+    return [trial.judged("all_padded", "no query saw a token", inputs, trial.call(inputs, World()))]
 
 
 def empty(trial: Trial) -> list[Finding]:

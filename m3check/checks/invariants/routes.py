@@ -9,7 +9,12 @@ from m3check.checks.invariants.trial import Trial, damage
 from m3check.paging import World
 from m3check.types import Finding
 
-PREFILL_OF = {"index_decode_score": "index_score", "sparse_attn_decode": "sparse_attn", "decode": "prefill"}
+PREFILL_OF = {
+    "index_decode_score": "index_score",
+    "sparse_attn_decode": "sparse_attn",
+    "decode": "prefill",
+    "paged_mqa_logits": "mqa_logits",
+}
 
 
 def chunked(trial: Trial) -> list[Finding]:

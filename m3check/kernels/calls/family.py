@@ -73,7 +73,7 @@ class Calls:
     channelled: frozenset[str] = frozenset()
     """Tensors whose last dimension may be strided, for kernels that promise to bear it."""
     token_dimension: Mapping[str, int] = field(default_factory=dict)
-    """Which dimension of a tensor counts the query tokens."""
+    """Which dimension of a tensor counts the query tokens, or other rows that `far_rows` promises to bear far apart."""
     fresh: frozenset[str] = frozenset()
     """What the kernel launched before an op's own writes, in the model."""
     held: frozenset[str] = frozenset()

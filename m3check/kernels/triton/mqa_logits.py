@@ -17,7 +17,8 @@ __all__ = ["PROFILE", "mqa_logits"]
 
 @triton.jit(do_not_specialize=["rows"])
 def mqa_logits_kernel(
-    q, stride_qt, stride_qh, k, stride_kt, k_scale, weights, stride_wt, starts, ends, logits, stride_lt, rows, heads,
+    q, stride_qt, stride_qh, stride_qd, k, stride_kt, stride_kd, k_scale, weights, stride_wt, stride_wh, starts, ends,
+    logits, stride_lt, stride_ln, rows, heads,
     D: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Grid: queries × tiles of keys."""
@@ -26,23 +27,29 @@ def mqa_logits_kernel(
     seen = (row >= tl.load(starts + token)) & (row < tl.load(ends + token))
     scale = tl.load(k_scale + row, mask=seen, other=0.0)
     sums = weighed_tile(
-        q + token * stride_qt, stride_qh, weights + token * stride_wt, k + row * stride_kt, seen, scale, heads,
-        D, HEADS, FORM,
+        q + token * stride_qt, stride_qh, stride_qd, weights + token * stride_wt, stride_wh, k + row * stride_kt, stride_kd,
+        seen, scale, heads, D, HEADS, FORM,
     )  # fmt: skip
-    tl.store(logits + token * stride_lt + row, tl.where(seen, sums, float("-inf")), mask=row < rows)
+    tl.store(logits + token * stride_lt + row * stride_ln, tl.where(seen, sums, float("-inf")), mask=row < rows)
 
 
-def mqa_logits(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
-    """Logits [T, N] fp32 of q [T, H, D] and k [N, D], fp8 with k_scale [N]; -inf outside [starts, ends) of each row."""
+def mqa_logits(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor, logits_out: Tensor | None = None
+) -> Tensor:
+    """Logits [T, N] fp32 of q [T, H, D] and k [N, D], fp8 with k_scale [N]; -inf outside [starts, ends) of each row.
+
+    They are written into `logits_out` where there is one, of any strides.
+    """
     tokens, heads, dim = q.shape
-    logits = torch.empty(tokens, k.shape[0], dtype=torch.float32, device=q.device)
+    shape, device = (tokens, k.shape[0]), q.device
+    logits = torch.empty(shape, dtype=torch.float32, device=device) if logits_out is None else logits_out
     if not logits.numel():
         return logits
     queries, form = codes(q)
     keys, _ = codes(k)
     tile = tiles.logit_keys()
     mqa_logits_kernel[(tokens, triton.cdiv(k.shape[0], tile))](
-        queries, queries.stride(0), queries.stride(1), keys, keys.stride(0), k_scale, weights, weights.stride(0),
-        starts, ends, logits, logits.stride(0), k.shape[0], heads, dim, tiles.head_rows(heads), tile, form, num_warps=4,
+        queries, *queries.stride(), keys, *keys.stride(), k_scale, weights, *weights.stride(), starts, ends,
+        logits, *logits.stride(), k.shape[0], heads, dim, tiles.head_rows(heads), tile, form, num_warps=4,
     )  # fmt: skip
     return logits
