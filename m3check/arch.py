@@ -69,6 +69,8 @@ class Arch:
     capability: tuple[int, int]
     """CUDA compute capability; of gfx942 it is (9, 4)."""
     product: str
+    multiprocessors: int
+    """Multiprocessors (compute units) of the product that is named first; wrappers size their grids by them."""
     shared_memory: int
     """What one block may use."""
     shared_memory_unit: int
@@ -130,6 +132,8 @@ _ROCM = "ROCm documentation, AMD GPU specifications (LDS, VGPR file, wavefront s
 _LLVM = "LLVM, AMDGPU target: AddressableLocalMemorySize, 512 VGPRs and AGPRs of a lane, 8 waves on each of 4 SIMDs"
 _TRITON = "Triton 3.8.0, supported_fp8_dtypes of its backend"
 _TYPES = "CUDA Programming Guide 13, compute capabilities, table 33 (tensor core data types)"
+_SHEET = "the data sheet of the product that is named first"
+_DRIVER = "what its driver reports; no data sheet has it"
 _PDL = "CUDA Programming Guide 13: programmatic dependent launch needs compute capability 9.0"
 _CDNA = "AMD Instinct CDNA3 and CDNA4 ISA references: MFMA takes fnuz formats on CDNA3, OCP formats on CDNA4"
 _MODELS = "Khattak & Mikaitis, arXiv 2512.07004, with the authors' models ({}, bit-accurate)"
@@ -175,27 +179,27 @@ def _mfma(operands: str, bits: int, inner: int, source: str, operand_bits: int |
 _FMA = Mma("v_mfma", "fp32", replace(FP32, origin="v_mfma fp32, a chain of fused multiply-adds"), _MI300)
 
 
-def _sm(name: str, capability: tuple[int, int], product: str, shared: int, warps: int, blocks: int,
-        mma: tuple[Mma, ...], native: frozenset[str] = FN, pdl: bool = True) -> Arch:  # fmt: skip
-    """A row of NVIDIA's tables; `shared` in KB for a multiprocessor, of which one block may use all but one."""
+def _sm(name: str, capability: tuple[int, int], product: str, units: int, shared: int, warps: int, blocks: int,
+        mma: tuple[Mma, ...], native: frozenset[str] = FN, pdl: bool = True, counted: str = _SHEET) -> Arch:  # fmt: skip
+    """A row of NVIDIA's tables; `units` are multiprocessors, `shared` is KB of one: a block may use all but one."""
     return Arch(
-        name=name, vendor="nvidia", capability=capability, product=product,
+        name=name, vendor="nvidia", capability=capability, product=product, multiprocessors=units,
         shared_memory=(shared - 1) * 1024, shared_memory_unit=shared * 1024, registers=255, registers_unit=65_536,
         warp_size=32, warps=warps, blocks=blocks, fp8=native or frozenset({"fp8_e5m2"}), fp8_native=native, pdl=pdl,
         mma=mma,
-        sources={"capability": _GUIDE, "shared_memory": _GUIDE, "registers": _GUIDE, "warp_size": _GUIDE, "warps": _GUIDE,
-                 "fp8": _TRITON, "fp8_native": _TYPES, "pdl": _PDL},
+        sources={"capability": _GUIDE, "multiprocessors": counted, "shared_memory": _GUIDE, "registers": _GUIDE,
+                 "warp_size": _GUIDE, "warps": _GUIDE, "fp8": _TRITON, "fp8_native": _TYPES, "pdl": _PDL},
     )  # fmt: skip
 
 
-def _gfx(name: str, capability: tuple[int, int], product: str, shared: int, native: frozenset[str],
+def _gfx(name: str, capability: tuple[int, int], product: str, units: int, shared: int, native: frozenset[str],
          mma: tuple[Mma, ...]) -> Arch:  # fmt: skip
     """A CDNA row; a workgroup may use the whole LDS of its compute unit."""
     return Arch(
-        name=name, vendor="amd", capability=capability, product=product,
+        name=name, vendor="amd", capability=capability, product=product, multiprocessors=units,
         shared_memory=shared * 1024, shared_memory_unit=shared * 1024, registers=512, registers_unit=4 * 512 * 64,
         warp_size=64, warps=32, blocks=32, fp8=FN | FNUZ, fp8_native=native, pdl=False, mma=mma,
-        sources={"capability": "the target's own name", "shared_memory": f"{_ROCM}; {_LLVM}",
+        sources={"capability": "the target's own name", "multiprocessors": _SHEET, "shared_memory": f"{_ROCM}; {_LLVM}",
                  "registers": f"{_ROCM}; {_LLVM}", "warp_size": _ROCM, "warps": _LLVM, "fp8": _TRITON, "fp8_native": _CDNA,
                  "pdl": "ROCm has no such launch attribute"},
     )  # fmt: skip
@@ -204,26 +208,26 @@ def _gfx(name: str, capability: tuple[int, int], product: str, shared: int, nati
 ARCHS: Mapping[str, Arch] = {
     arch.name: arch
     for arch in (
-        _sm("sm80", (8, 0), "A100", 164, 64, 32, _mma(24, 8, _AMPERE), frozenset(), pdl=False),
-        _sm("sm89", (8, 9), "L40S, RTX 4090", 100, 48, 24,
+        _sm("sm80", (8, 0), "A100", 108, 164, 64, 32, _mma(24, 8, _AMPERE), frozenset(), pdl=False),
+        _sm("sm89", (8, 9), "L40S, RTX 4090", 142, 100, 48, 24,
             (*_mma(24, 8, _ADA), _cut("mma", "fp8", 13, 16, f"{_ADA}; {_FP22}", 13)), pdl=False),
-        _sm("sm90", (9, 0), "H100, H200", 228, 64, 32,
+        _sm("sm90", (9, 0), "H100, H200", 132, 228, 64, 32,
             (*_mma(25, 16, _HOPPER, "wgmma"), _cut("wgmma", "fp8", 13, 32, f"{_HOPPER}; {_FP22}", 13),
              *_mma(25, 16, _HOPPER), _cut("mma", "fp8", 13, 32, _MODELS.format("H100, H200"), 13))),
-        _sm("sm100", (10, 0), "B200", 228, 64, 32,
+        _sm("sm100", (10, 0), "B200", 148, 228, 64, 32,
             (*_mma(25, 16, _BLACKWELL, "tcgen05"), _cut("tcgen05", "fp8", 25, 32, _BLACKWELL),
-             *_mma(25, 16, _BLACKWELL), _cut("mma", "fp8", 25, 32, _MODELS.format("B200")))),
-        _sm("sm103", (10, 3), "B300", 228, 64, 32,
+             *_mma(25, 16, _BLACKWELL), _cut("mma", "fp8", 25, 32, _MODELS.format("B200"))), counted=_DRIVER),
+        _sm("sm103", (10, 3), "B300", 148, 228, 64, 32,
             (*_mma(23, 16, _UNPUBLISHED, "tcgen05"), _cut("tcgen05", "fp8", 13, 32, _UNPUBLISHED_FP8, 13),
-             *_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
-        _sm("sm120", (12, 0), "RTX 5090, RTX PRO 6000", 100, 48, 24,
+             *_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13)), counted=_DRIVER),
+        _sm("sm120", (12, 0), "RTX 5090, RTX PRO 6000", 170, 100, 48, 24,
             (*_mma(25, 16, _RTX), _cut("mma", "fp8", 25, 32, _RTX))),
-        _sm("sm121", (12, 1), "GB10", 100, 48, 24,
-            (*_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13))),
-        _gfx("gfx942", (9, 4), "MI300X, MI325X", 64, FNUZ,
+        _sm("sm121", (12, 1), "GB10", 48, 100, 48, 24,
+            (*_mma(23, 16, _UNPUBLISHED), _cut("mma", "fp8", 13, 32, _UNPUBLISHED_FP8, 13)), counted=_DRIVER),
+        _gfx("gfx942", (9, 4), "MI300X, MI325X", 304, 64, FNUZ,
               # fp8: even and odd products are aligned apart and then together, three cuts of 24 bits: 23 in a bound for one
               (_mfma("16", 24, 8, _MI300), _mfma("tf32", 24, 4, _MI300, 11), _mfma("fp8", 23, 16, _MI300), _FMA)),
-        _gfx("gfx950", (9, 5), "MI350X, MI355X", 160, FN,
+        _gfx("gfx950", (9, 5), "MI350X, MI355X", 256, 160, FN,
               (_mfma("16", 23, 16, _UNPUBLISHED), _mfma("fp8", 13, 32, _UNPUBLISHED_FP8),
                replace(_FMA, source="not published for CDNA4; fp32 with a rounding at every addition, in any order"))),
     )

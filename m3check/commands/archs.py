@@ -72,6 +72,12 @@ def _figures(arch: Arch, here: bool) -> list[tuple[str, str, str, str]]:
         ("here", "yes" if here else "no", "whether this machine has one", "the driver of this machine"),
         ("capability", ".".join(map(str, arch.capability)), "what kernels ask the platform for", source["capability"]),
         (
+            "multiprocessors",
+            str(arch.multiprocessors),
+            "compute units of the first product; grids are sized by them",
+            source["multiprocessors"],
+        ),
+        (
             "shared memory",
             f"{arch.shared_memory} bytes",
             "one block may use; more does not launch",

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from m3check.arch import Arch
-
-MULTIPROCESSORS: Mapping[str, int] = {
-    "sm80": 108, "sm89": 142, "sm90": 132, "sm100": 148, "sm103": 148, "sm120": 170, "sm121": 48,
-    "gfx942": 304, "gfx950": 256,
-}  # fmt: skip
-"""Multiprocessors (compute units) of the product that `Arch.product` names first, which wrappers size their grids by.
-
-From the products' data sheets; those of B200, B300 and GB10 are what their drivers report, since no data sheet has them.
-"""
 
 
 def gpu_target(arch: Arch) -> Any:
@@ -59,7 +49,7 @@ class Driver:
         return {
             "max_shared_mem": self._arch.shared_memory,
             "max_num_regs": self._arch.registers_unit,
-            "multiprocessor_count": MULTIPROCESSORS[self._arch.name],
+            "multiprocessor_count": self._arch.multiprocessors,
             "warpSize": self._arch.warp_size,
         }
 
@@ -87,7 +77,7 @@ def properties(arch: Arch) -> Properties:
     return Properties(
         arch.product.partition(",")[0],
         *arch.capability,
-        MULTIPROCESSORS[arch.name],
+        arch.multiprocessors,
         arch.warp_size,
         default,
         arch.shared_memory,
