@@ -239,15 +239,36 @@ class Model:
                 )
         return score_out
 
+    class MSACutlassDecodePlanCache:
+        """Plans by shape."""
+
+        def __init__(self):
+            self.plans = {}
+
+    def refreshed(self, plan: dict, seq_lens: Tensor, decode_query_len: int) -> None:
+        lengths = seq_lens.repeat_interleave(decode_query_len)
+        plan["kv_segment_lens"].copy_(lengths)
+        step = torch.arange(decode_query_len, dtype=torch.int32).repeat(len(seq_lens))
+        plan["qo_offset"].copy_(lengths - decode_query_len + step)
+
     def prepare_decode_metadata(
-        self, block_table, seq_lens, seq_lens_cpu, decode_query_len, *, num_q_heads, num_kv_heads, page_size, topk_blocks
-    ):
+        self, block_table, seq_lens, seq_lens_cpu, decode_query_len, *, num_q_heads, num_kv_heads, page_size, topk_blocks,
+        plan_cache=None,
+    ):  # fmt: skip
         assert block_table.dtype == seq_lens.dtype == seq_lens_cpu.dtype == torch.int32
         assert block_table.is_contiguous()
         assert seq_lens.is_contiguous()
         assert seq_lens_cpu.shape == seq_lens.shape == block_table.shape[:1]
         assert (page_size, topk_blocks) == (TILE, 16)
-        return SimpleNamespace(page_table=block_table.view(-1), lengths=seq_lens, stride=block_table.stride(0))
+        cache = plan_cache or self.MSACutlassDecodePlanCache()
+        key = (len(seq_lens), decode_query_len, block_table.stride(0), num_q_heads, num_kv_heads)
+        if key not in cache.plans:
+            rows = torch.zeros(len(seq_lens) * decode_query_len, dtype=torch.int32)
+            info = {"kv_segment_lens": rows, "qo_offset": rows.clone()}
+            cache.plans[key] = (None, None, None, info)
+            Model.refreshed(self, info, seq_lens_cpu, decode_query_len)
+        self.refreshed(cache.plans[key][3], seq_lens, decode_query_len)
+        return SimpleNamespace(plan=cache.plans[key], page_table=block_table.view(-1), stride=block_table.stride(0))
 
     def msa_cutlass_sparse_decode(
         self, query_fp8, kv_cache, topk, output, metadata, *, scale, q_scale_float, k_scale_float, v_scale_float
@@ -256,11 +277,12 @@ class Model:
         t, heads, d = query_fp8.shape
         assert tuple(topk.shape) == (t, kv_cache.shape[1], 16)
         assert topk.is_contiguous()
-        group, dql = heads // kv_cache.shape[1], t // metadata.lengths.numel()
+        group, plan = heads // kv_cache.shape[1], metadata.plan[3]
+        dql = t // (len(metadata.page_table) // metadata.stride)
         k_scale, v_scale = self.decode_scales(k_scale_float, v_scale_float)
         for row, head in itertools.product(range(t), range(kv_cache.shape[1])):
-            request, i = divmod(row, dql)
-            position = int(metadata.lengths[request]) - dql + i
+            request, position = row // dql, int(plan["qo_offset"][row])
+            assert position < int(plan["kv_segment_lens"][row])
             ids = topk[row, head][topk[row, head] >= 0].tolist()
             assert ids == sorted(ids), "kv_block_indexes must ascend"
             assert topk[row, head, len(ids) :].eq(-1).all(), "-1 must be at the end"

@@ -18,7 +18,7 @@ from m3check import cases, invariants, kernels, power, runner
 from m3check.arch import ARCHS
 from m3check.kernels import fmha_sm100, vllm_layer
 from m3check.kernels.contract import SIGNATURES
-from m3check.kernels.fmha_sm100 import production
+from m3check.kernels.fmha_sm100 import data, index_decode, production
 from m3check.kernels.fmha_sm100.interface import Interface
 from m3check.kernels.layer_standin import FILES, M3, MSA_FILES, LayerWorld
 from m3check.kernels.locate import locate
@@ -235,6 +235,64 @@ def test_a_wrong_plan_is_told_before_anything_scores_by_it():
     result = run(PageForgotten(), SCORE)
     assert result.status is Status.ERROR
     assert "plan: kv_page_indptr is [0, 2, 20], wanted [0, 3, 21]" in result.reason
+
+
+class StalePlan(Model):
+    """The plan keeps the lengths that it was made for."""
+
+    def refreshed(self, plan, seq_lens, decode_query_len):
+        """Nothing."""
+
+
+class NoOffsets(Model):
+    """Only lengths are brought up to date."""
+
+    def refreshed(self, plan, seq_lens, decode_query_len):
+        plan["kv_segment_lens"].copy_(seq_lens.repeat_interleave(decode_query_len))
+
+
+class PlanEachTime(Model):
+    """A new plan in each step, which no captured graph reads."""
+
+    def prepare_decode_metadata(self, *args, plan_cache, **options):
+        return super().prepare_decode_metadata(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (StalePlan, "decode plan: kv_segment_lens is [129, 129, 129, 129, 129, 129, 129, 129] …, wanted [2177, 129"),
+        (NoOffsets, "decode plan: qo_offset is [128, 128"),
+        (PlanEachTime, "decode plan: another object than for the step before"),
+    ],
+)
+def test_a_decode_plan_that_is_not_brought_up_to_date_is_told_before_anything_attends_with_it(wrong, words):
+    result = run(wrong(), CUTLASS)
+    assert result.status is Status.ERROR
+    assert words in result.reason, result.reason
+
+
+@pytest.mark.parametrize("version", ["0.27.0", "0.33.0"])
+def test_vllms_own_kernel_brings_a_decode_plan_up_to_date(version):
+    """The part of prepare_decode_metadata that runs without SM100; the plan itself is made by fmha_sm100."""
+    pytest.importorskip("triton")
+    module = cached_world(version)[0].load(f"{M3}.nvidia.msa_cutlass_sparse_decode")
+    lengths, table = torch.tensor([300, 5, 1, 2177], dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int32)
+    info = {"kv_segment_lens": torch.zeros(8, dtype=torch.int32), "qo_offset": torch.zeros(8, dtype=torch.int32)}
+    held = SimpleNamespace(plan=(None, None, None, info), page_table=table.view(-1))
+    assert "kv_segment_lens" in (data.decode_fault(held, held, table, lengths, 2) or "")
+    refresh = module._update_runtime_metadata_kernel[(1,)]
+    refresh(lengths, info["kv_segment_lens"], info["qo_offset"], num_rows=8, decode_query_len=2, BLOCK_SIZE=128)
+    assert data.decode_fault(held, held, table, lengths, 2) is None
+
+
+def cached_world(version):
+    """(a vLLM's modules on SM100, their folder); skips what is not cached."""
+    try:
+        folder = locate(kernels.parse_spec(f"vllm=={version}"), offline=True).folder
+    except M3CheckError as error:
+        pytest.skip(str(error))
+    return LayerWorld(folder, ARCHS["sm100"], pdl=False), folder
 
 
 # What is refused, and where.
@@ -489,13 +547,9 @@ DECODED_LAYER = "indexer/q=1x3,kv=2305+0+300,h=1,g=1,init=1"
 SCALED_LAYER = "indexer/q=1+2,kv=258+200,h=1,g=1,cache=fp8_e4m3fn,scale=scalar"
 
 
-def layer(model, version="0.33.0", case=MIXED_LAYER):
+def layer(model, version="0.33.0"):
     """A vLLM's classes on SM100 with torch functions in place of Triton's kernels; skips what is not cached."""
-    try:
-        folder = locate(kernels.parse_spec(f"vllm=={version}"), offline=True).folder
-    except M3CheckError as error:
-        pytest.skip(str(error))
-    world = LayerWorld(folder, ARCHS["sm100"], pdl=False)
+    world, folder = cached_world(version)
     for name, stem in (("index_topk", "index"), ("sparse_attn", "sparse_attn")):
         functions = {f"minimax_m3_{op}": positional(op) for op in RIGHT_TORCH if op.startswith(stem)}
         world.add(f"{M3}.common.ops.{name}", SPARSE_BLOCK_SIZE=128, **functions)
@@ -565,6 +619,21 @@ def test_a_layer_whose_prefill_ignores_scales_is_red_in_its_prefilled_rows():
     told = {f.check: f.where for f in result.findings if f.status is Status.FAILED}
     assert "request 1" in told["element"], told
     assert not {"metadata", "handover", "ids", "guards"} & told.keys()
+
+
+@pytest.mark.parametrize(("longest", "called"), [(16, True), (17, False)])
+def test_cutedsl_scores_where_index_heads_times_queries_are_32_at_most(longest, called):
+    class Spied(Model):
+        asked = False
+
+        def minimax_m3_index_decode_score_cutedsl(self, *args, **options):
+            self.asked = True
+            return super().minimax_m3_index_decode_score_cutedsl(*args, **options)
+
+    model, case = Spied(), f"indexer/q=1,kv=300,h=2,g=1,mq={longest}"
+    result = run_layer(model, case)
+    assert result.status is Status.PASSED, result.reason
+    assert model.asked is called is not index_decode.too_wide(cases.parse_id(case))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def adapted(interface: Interface, provider: str) -> tuple[dict[str, Kernel], dic
         "index_decode_score": (index_decode.SCORE_NAME, ("decode_score",)),
         "index_decode": (index_decode.NAME, ("decode_score", "select")),
         "sparse_attn": (sparse_attn.NAME, ("build_csr", "attend")),
-        "sparse_attn_decode": (sparse_attn_decode.NAME, ("prepare_decode", "attend_decode")),
+        "sparse_attn_decode": (sparse_attn_decode.NAME, ("prepare_decode", "attend_decode", "plan_cache")),
     }
     lacking = {op: interface.lacking(*names) for op, (_, names) in needs.items()}
     makers = {

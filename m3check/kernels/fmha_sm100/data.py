@@ -1,4 +1,4 @@
-"""The plan of OnlyScore and the CSR of prefill attention as data: what they must hold, by lengths and id lists.
+"""The plans of OnlyScore and of CUTLASS decode and the CSR of prefill attention as data: what they must hold.
 
 The adapters compare each plan and each CSR with this before they are used, so that a wrong one is told by its field and not
 by what a kernel makes of it.
@@ -45,6 +45,25 @@ def plan_fault(plan: Mapping[str, Any], query_lens: Sequence[int], kv_lens: Sequ
             found = _numbers(plan[field])
             if found != values:
                 return f"plan: {field} is {_short(found)}, wanted {_short(values)}"
+    return None
+
+
+def decode_fault(held: Any, before: Any, block_table: Tensor, seq_lens: Tensor, decode_query_len: int) -> str | None:
+    """What is wrong with the metadata of a CUTLASS decode, as a sentence; `before` are those of a step of the same shape.
+
+    A captured graph reads the plan of the step before, so it must be the same object, with this step's lengths in it.
+    """
+    if held.plan is not before.plan:
+        return "decode plan: another object than for the step before, which has the same shape"
+    if held.page_table.data_ptr() != block_table.data_ptr():
+        return "decode plan: its page table is not the batch's block table"
+    lengths = seq_lens.tolist()
+    steps = [(n, n - decode_query_len + i) for n in lengths for i in range(decode_query_len)]
+    wanted = {"kv_segment_lens": [n for n, _ in steps], "qo_offset": [at for _, at in steps]}
+    for field, values in wanted.items():
+        found = _numbers(held.plan[3][field])[: len(values)]
+        if found != values:
+            return f"decode plan: {field} is {_short(found)}, wanted {_short(values)}"
     return None
 
 

@@ -26,6 +26,7 @@ _BESIDE: Mapping[str, tuple[str, str]] = {  # field: (module of vLLM, function)
     "decode_score": (f"{_VLLM}.ops.index_decode_score", "minimax_m3_index_decode_score_cutedsl"),
     "prepare_decode": (f"{_VLLM}.msa_cutlass_sparse_decode", "prepare_decode_metadata"),
     "attend_decode": (f"{_VLLM}.msa_cutlass_sparse_decode", "msa_cutlass_sparse_decode"),
+    "plan_cache": (f"{_VLLM}.msa_cutlass_sparse_decode", "MSACutlassDecodePlanCache"),
 }
 
 
@@ -41,6 +42,7 @@ class Interface:
     decode_score: Function | None = None
     prepare_decode: Function | None = None
     attend_decode: Function | None = None
+    plan_cache: Function | None = None
     absent: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

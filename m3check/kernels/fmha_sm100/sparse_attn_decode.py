@@ -1,13 +1,16 @@
 """`sparse_attn_decode` by vLLM's CUTLASS decode (msa_cutlass_sparse_decode), which production takes on request only.
 
 It attends with fp8_e4m3fn queries. The profile says so (`queries`), so the case's are rounded before anybody sees them, and
-the conversion here is exact.
+the conversion here is exact. Its plan is made for another batch of the same shape and then brought up to date, as in
+production, which keeps one for each shape.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from m3check.kernels.calls import BrokenContract
+from m3check.kernels.fmha_sm100 import data
 from m3check.kernels.fmha_sm100.interface import Interface
 from m3check.types import BLOCK, Case
 
@@ -22,9 +25,10 @@ FEWEST = 16
 
 def adapter(interface: Interface) -> Any:
     """The op's function."""
-    prepare, run = interface.prepare_decode, interface.attend_decode
+    prepare, run, plan_cache = interface.prepare_decode, interface.attend_decode, interface.plan_cache
     assert prepare is not None
     assert run is not None
+    assert plan_cache is not None
 
     def sparse_attn_decode(
         q: Tensor,
@@ -43,16 +47,26 @@ def adapter(interface: Interface) -> Any:
 
         if not q.shape[0]:
             return
-        metadata = prepare(
-            block_table.contiguous(),
-            seq_lens,
-            seq_lens.cpu(),
-            decode_query_len,
-            num_q_heads=q.shape[1],
-            num_kv_heads=num_kv_heads,
-            page_size=BLOCK,
-            topk_blocks=topk_idx.shape[2],
-        )
+        table, cache = block_table.contiguous(), plan_cache()
+
+        def prepared(lengths: Tensor) -> Any:
+            return prepare(
+                table,
+                lengths,
+                lengths.cpu(),
+                decode_query_len,
+                num_q_heads=q.shape[1],
+                num_kv_heads=num_kv_heads,
+                page_size=BLOCK,
+                topk_blocks=topk_idx.shape[2],
+                plan_cache=cache,
+            )
+
+        before = prepared(seq_lens.flip(0))
+        metadata = prepared(seq_lens)
+        fault = data.decode_fault(metadata, before, table, seq_lens, decode_query_len)
+        if fault is not None:
+            raise BrokenContract(fault)
         run(
             q.to(torch.float8_e4m3fn),
             kv_cache,
