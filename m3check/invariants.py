@@ -109,11 +109,7 @@ def _more_blocks(case: Case) -> bool:
 
 
 def _tunable(case: Case) -> bool:
-    return case.op in LISTED or _more_blocks(case)
-
-
-def _tunable(case: Case) -> bool:
-    return case.op in LOGITS or _more_blocks(case)
+    return case.op in LISTED | LOGITS or _more_blocks(case)
 
 
 def _telling(case: Case) -> bool:
@@ -228,19 +224,19 @@ INVARIANTS: tuple[Invariant, ...] = (
               "what `build` itself computes for another batch", "steps.stale"),
     Invariant("repeat", EVERY | INSERT | LOGITS | TABLES, _always, "state between calls; on a device, races",
               "a race that never shows", "state.sequence"),
-    Invariant("autotune", SELECT | LISTED, _tunable, "a configuration that is wrong, though another was chosen here",
-              "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
+    Invariant("autotune", SELECT | LISTED | LOGITS, _tunable, "a configuration that is wrong, though another was "
+              "chosen here", "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),
     Invariant("tiles", SINGLE | INSERT | LOGITS, _tiled, "loops and grids of several steps, where the interpreter's "
               "tiles take one", "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
     Invariant("warm", SINGLE | INSERT | LOGITS | TABLES, _always, "what compiles or is timed in the middle of serving: an "
               "argument that becomes 1 or divisible by 16, a constant that follows the batch", "sizes not tried",
               "state.warm", calls=4, evidence=DEVICE, most=1),
-    Invariant("graph", EVERY | INSERT, _unlike, "lengths, tables or pointers frozen when a graph was captured",
+    Invariant("graph", EVERY | INSERT | LOGITS, _unlike, "lengths, tables or pointers frozen when a graph was captured",
               "addresses that change between replays", "launches.graph", calls=4, evidence=DEVICE),
-    Invariant("load", EVERY | INSERT, _live_rows, "scratch or metadata shared by launches in flight",
+    Invariant("load", EVERY | INSERT | LOGITS, _live_rows, "scratch or metadata shared by launches in flight",
               "a race that 20 launches hide", "launches.load", calls=2, evidence=DEVICE),
-    Invariant("dependent_launch", DECODE | INSERT, _live_rows, "reads before an earlier kernel has finished",
+    Invariant("dependent_launch", DECODE | INSERT | PAGED, _live_rows, "reads before an earlier kernel has finished",
               "early reads of what is neither a length, an id, a fresh row nor scratch", "launches.dependent", calls=3,
               evidence=DEVICE),
 )  # fmt: skip
