@@ -45,6 +45,13 @@ def extremes(a, b, out, N: tl.constexpr):
 
 
 @triton.jit
+def inverted(a, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    bits = tl.load(a + at).to(out.dtype.element_ty, bitcast=True)
+    tl.store(out + at, tl.where(bits > 7, ~bits, bits))
+
+
+@triton.jit
 def reductions(a, out, M: tl.constexpr, N: tl.constexpr):
     x = tl.load(a + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :])
     tl.store(out + tl.arange(0, M), tl.max(x, axis=1).to(out.dtype.element_ty))
@@ -355,6 +362,15 @@ def maximum_of_numbers():
     return differs("maximum, minimum", out, [[3.0, 1.0, nan, 2.0], [3.0, 1.0, nan, 1.0]])
 
 
+def unsigned_inversion():
+    for signed, unsigned in ((torch.int32, torch.uint32), (torch.int64, torch.uint64), (torch.int8, torch.uint8)):
+        a, out = torch.tensor([5, -1, -6, 7], dtype=signed), torch.empty(4, dtype=unsigned)
+        inverted[(1,)](a, out, 4)
+        if wrong := differs(f"~ of {unsigned}", out.to(torch.int64), [5, 0, 5, 7]):
+            return wrong
+    return None
+
+
 def dependent_launch():
     out = torch.zeros(1, dtype=torch.int32)
     dependent[(1,)](out, USE=True, launch_pdl=True, num_warps=4, num_stages=2)
@@ -505,6 +521,7 @@ DEFECTS = {
     "bf16 sum": [bf16_reductions, bf16_sum_rounds_each_addition],
     "narrow dot": [narrow_dots, fp8_dot_keeps_nan],
     "comparisons": [comparisons],
+    "unsigned inversion": [unsigned_inversion],
     "maximum of numbers": [maximum_of_numbers],
     "dependent launch": [dependent_launch],
     "autotune": [autotune],

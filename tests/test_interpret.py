@@ -37,6 +37,7 @@ REPAIRS = [
     "bf16 sum",
     "narrow dot",
     "comparisons",
+    "unsigned inversion",
     "maximum of numbers",
     "dependent launch",
     "autotune",

@@ -63,6 +63,7 @@ def _repairs(
         ("bf16 sum", probes.bf16_sum, arithmetic.repair_sum),
         ("narrow dot", probes.narrow_dot, arithmetic.repair_dot),
         ("comparisons", probes.comparisons, arithmetic.repair_comparisons),
+        ("unsigned inversion", probes.unsigned_inversion, arithmetic.repair_unsigned_inversion),
         ("maximum of numbers", probes.number_extremes, arithmetic.repair_number_extremes),
         ("dependent launch", probes.dependent_launch, launch.repair_dependent_launch),
         ("autotune", probes.autotune, launch.repair_autotune),

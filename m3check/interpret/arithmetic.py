@@ -71,6 +71,19 @@ def repair_bf16_casts() -> None:
     Builder.cast_impl = cast_impl
 
 
+def repair_unsigned_inversion() -> None:
+    """`~` of unsigned numbers, for which Triton asks NumPy to put -1 into an unsigned type."""
+    original = Builder.get_all_ones_value
+
+    def get_all_ones_value(self: Any, type: Any) -> Any:
+        numbers = base._get_np_dtype(type)
+        if np.issubdtype(numbers, np.unsignedinteger):
+            return Handle(np.full(1, np.iinfo(numbers).max, dtype=numbers), type.scalar)
+        return original(self, type)
+
+    Builder.get_all_ones_value = get_all_ones_value
+
+
 def repair_bf16_constants() -> None:
     """A Python number may become a bf16 constant."""
 

@@ -67,6 +67,12 @@ def _compared(a, b, out, N: tl.constexpr):
 
 
 @triton.jit
+def _inverted(a, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, ~tl.load(a + at).to(out.dtype.element_ty, bitcast=True))
+
+
+@triton.jit
 def _extremes(a, b, out, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(out + at, tl.maximum(tl.load(a + at), tl.load(b + at)))
@@ -207,6 +213,13 @@ def masks() -> str | None:
     out = torch.zeros(4)
     _masked[(1,)](torch.arange(1.0, 5.0), out, 3, 4)
     return _differs("a mask", out, [1.0, 2.0, 3.0, 0.0])
+
+
+def unsigned_inversion() -> str | None:
+    """~ of unsigned numbers."""
+    out = torch.empty(2, dtype=torch.uint32)
+    _inverted[(1,)](torch.tensor([0, -6], dtype=torch.int32), out, 2)
+    return _differs("~ of uint32", out.to(torch.int64), [4294967295, 5])
 
 
 def number_extremes() -> str | None:
