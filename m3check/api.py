@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 
 def plan(options: RunOptions | None = None, /, **flags: Any) -> list[PlanLine]:
-    """What a run would do, with the reason for everything that it would skip; `flags` are the fields of RunOptions."""
+    """What a run would do, with the reason for everything that it would skip; `flags` are the fields of RunOptions.
+
+    No kernel code runs. Raises M3CheckError for what the user can mend: an unknown name, an expression that does not parse.
+    """
     return runner.plan(_options(options, flags))
 
 
@@ -54,10 +57,14 @@ def verify(
 ) -> Result:
     """Judge one kernel on one case in this process, on the GPU if there is one that m3check knows, else on the CPU.
 
-    `kernel` is a function with the keywords of its op (see `m3check kernels --signatures`) or a loaded Kernel. It is called
-    again for every invariant that fits the case, as `m3check run --case` does, unless that takes half a minute or
+    `case` is a Case or its id. `kernel` is a function with the keywords of its op (`m3check kernels --signatures` has their
+    shapes and dtypes) or a loaded Kernel; `profile` says what a function needs and promises (default: `Profile()`). It is
+    called again for every invariant that fits the case, as `m3check run --case` does, unless that takes half a minute or
     `invariants` is False. To run on a CPU, a Triton kernel needs TRITON_INTERPRET=1 in the environment before triton is
     imported.
+
+    What the kernel does wrong, exceptions included, is told in the Result (`.check()` raises Mismatch). M3CheckError is
+    raised for an id that is none, a case that makes no sense, and a function for a chain.
     """
     case = _cases.parse_id(case) if isinstance(case, str) else case
     function = None

@@ -48,7 +48,10 @@ __all__ = [
 
 
 def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
-    """The logical tensors of a case (see `generate.make_inputs`), the same bits on every machine."""
+    """The logical tensors that a case's op reads, on `device`, the same bits on every machine.
+
+    Shapes, dtypes and what stays None are told in `types.Inputs`. Raises M3CheckError for a case that makes no sense.
+    """
     from m3check.cases.generate import make_inputs
 
     return make_inputs(case, device)

@@ -26,6 +26,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu") -> Inputs:
     """The logical tensors that an op reads; shapes, dtypes and what stays None are told in `types.Inputs`.
 
     Lists may be ragged, rows dead, and scales distinct per token and head; sm_scale is head_dim ** -0.5.
+    The same case has the same bits on every machine. Raises M3CheckError for a case that makes no sense.
     """
     family = families.of(case.op) if case.op in OPS else None
     if case.op not in OPS or case.fill not in FILLS or case.ids not in (*SELECTIONS, *(family.ids if family else ())):

@@ -130,6 +130,9 @@ def compare(
     `problem` has been through `reference.dequantised`; `expected` is the reference's answer on it, in fp64. A chain's
     attention is judged on the kernel's own selection: `expected_on(ids)` gives the attention on any ids. Where a chain
     fails, every failed finding names the first op of the chain that is to blame.
+
+    `run.outputs` have the shapes of `types.Outputs`, on the device of `problem`; outputs that are not there are not
+    judged. Never raises for what a kernel gave: another shape is refused before, by `kernels.contract`.
     """
     view = View(OPS[problem.case.op], problem, run, expected, setting, expected_on)
     findings: list[Finding] = []

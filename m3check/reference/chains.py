@@ -32,7 +32,7 @@ def prefill(
     sm_scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """(score, ids, out, lse) of `index_score`, `index_topk` and `sparse_attn`."""
+    """(score [H, T, K], ids [H, T, topk] int32, out [T, Hq, D], lse [T, Hq]), all but ids in `dtype`."""
     score = index_score(idx_q, idx_k, requests, dtype)
     ids = index_topk(score, requests, topk, init_blocks, local_blocks)
     out, lse = sparse_attn(q, k, v, ids, requests, sm_scale, dtype)
@@ -52,7 +52,7 @@ def decode(
     sm_scale: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """(score, plain score, ids, out, lse) of `index_decode` and `sparse_attn_decode`."""
+    """(score and plain score [H, T, K], ids, out, lse) of `index_decode` and `sparse_attn_decode`, else as of `prefill`."""
     ids, score, plain = index_decode(idx_q, idx_k, requests, topk, init_blocks, local_blocks, dtype)
     out, lse = sparse_attn_decode(q, k, v, ids, requests, sm_scale, dtype)
     return score, plain, ids, out, lse

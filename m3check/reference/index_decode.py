@@ -27,6 +27,6 @@ def index_decode(
     local_blocks: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [H, T, topk] int32, score, plain score as of `index_decode_score`)."""
+    """(ids [H, T, topk] int32, then score and plain score [H, T, K] as of `index_decode_score`)."""
     score, plain = index_decode_score(idx_q, idx_k, requests, init_blocks, local_blocks, dtype)
     return index_topk(plain, requests, topk, init_blocks, local_blocks), score, plain

@@ -24,7 +24,7 @@ def index_insert(index_k: Tensor, cached: Tensor) -> Tensor:
 
 
 def page16_rebase(requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-    """(slots [T] int64, blocks [R, K] int64)."""
+    """(slots [T] int64, blocks [R, K] int64), on the CPU; T query tokens, R requests, K blocks of the longest."""
     tokens = [request.position(i) for request in requests for i in range(request.query_len)]
     columns = max(blocks(request.kv_len) for request in requests)
     table = [[b if b < blocks(request.kv_len) else -1 for b in range(columns)] for request in requests]

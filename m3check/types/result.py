@@ -35,7 +35,11 @@ Evidence = Literal["device", "interpreted", "compiled"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One judgement of one check, in words that need no knowledge of the check."""
+    """One judgement of one check, in words that need no knowledge of the check.
+
+    `measured` and `limit` are in the check's own unit (docs/bounds.md): that of the output, standard deviations, or how
+    many cells are wrong; None where there is no number.
+    """
 
     check: str
     status: Status
