@@ -58,6 +58,10 @@ UTILS = """
                 weights = (k_cache[slots, kv].float() @ q[head].float() * sm_scale * k_scale).softmax(0)
                 out[head] = weights @ v_cache[slots, kv].float() * v_scale
         return out.to(q.dtype)
+
+    def dense(q, k_cache, v_cache, table, seen, sm_scale, k_scale, v_scale):
+        every = torch.arange(-(-seen // 128)).expand(k_cache.shape[1], -1)
+        return attention(q, k_cache, v_cache, table, every, seen, sm_scale, k_scale, v_scale)
 """
 
 IMPORTS = """
@@ -76,12 +80,16 @@ IMPORTS = """
 PREFILL_INDEX = """
     @Kernel
     def _flash_attn_fwd_with_block_score_kernel(q_ptr, k_cache_ptr, score_ptr, req_to_token_ptr, cu_seqlens, seq_lens,
-                                                prefix_lens, slot_ids, sm_scale):
+                                                prefix_lens, slot_ids, sm_scale, v_cache_ptr, o_ptr, k_scale, v_scale):
         for b, sid in enumerate(slot_ids.tolist()):
             keys = k_cache_ptr[req_to_token_ptr[sid, : seq_lens[b]].long(), 0]
             for i, t in enumerate(range(cu_seqlens[b], cu_seqlens[b + 1])):
                 found = block_scores(q_ptr[t], keys[: prefix_lens[b] + i + 1], sm_scale)
                 score_ptr[:, t, : found.shape[1]] = found
+                if o_ptr is not None:
+                    seen = int(prefix_lens[b]) + i + 1
+                    o_ptr[t] = dense(q_ptr[t], k_cache_ptr, v_cache_ptr, req_to_token_ptr[sid], seen, sm_scale,
+                                     k_scale, v_scale)
 
     @Kernel
     def _topk_index_kernel(s_ptr, ti_ptr, cu_seqlens, prefix_lens, topk, init_blocks, local_blocks,
@@ -94,14 +102,15 @@ PREFILL_INDEX = """
 
     def flash_prefill_with_topk_index(q, k_cache, v_cache, sink, req_to_token, slot_ids, cu_seqlens, seq_lens, prefix_lens,
                                       max_seqlen_q, max_seqlen_k, block_size_q, block_size_k, topk, init_blocks,
-                                      local_blocks, sm_scale, disable_index_value{page}):
+                                      local_blocks, sm_scale, disable_index_value{page}{scales}):
         {check}
+        out = None if disable_index_value else torch.empty_like(q)
         score = torch.full((q.shape[1], q.shape[0], -(-max_seqlen_k // 128)), float("-inf"))
         _flash_attn_fwd_with_block_score_kernel[(1,)](q, k_cache, score, req_to_token, cu_seqlens, seq_lens, prefix_lens,
-                                                      slot_ids, sm_scale)
+                                                      slot_ids, sm_scale, v_cache, out, {given})
         ids = torch.full((q.shape[1], q.shape[0], topk), -1, dtype=torch.int32)
         _topk_index_kernel[(1,)](score, ids, cu_seqlens, prefix_lens, topk, init_blocks, local_blocks, *score.stride())
-        return None, ids
+        return out, ids
 """
 
 DECODE_INDEX = """
@@ -115,10 +124,13 @@ DECODE_INDEX = """
         ti_final_ptr.copy_(ti_partial_ptr)
 
     def flash_decode_with_topk_idx(q, sink, k_cache, v_cache, req_to_token, seq_lens, max_seqlen, slot_ids, block_size,
-                                   topk, init_blocks, local_blocks, sm_scale, disable_index_value{page}):
+                                   topk, init_blocks, local_blocks, sm_scale, disable_index_value{page}{scales}):
         assert not envs.SGLANG_OPT_USE_MINIMAX_DECODE_TOPK_RADIX.get()
         score = torch.full((q.shape[1], q.shape[0], -(-max_seqlen // 128)), float("nan"))
+        out = None if disable_index_value else torch.full(q.shape, float("nan"), dtype=q.dtype)
         for b, seen in enumerate(seq_lens.tolist()):
+            if out is not None:
+                out[b] = dense(q[b], k_cache, v_cache, req_to_token[slot_ids[b]], seen, sm_scale, {given})
             if seen:
                 keys = k_cache[req_to_token[slot_ids[b], :seen].long(), 0]
                 found = forced(block_scores(q[b], keys, sm_scale), init_blocks, local_blocks)
@@ -126,7 +138,30 @@ DECODE_INDEX = """
         partial, ids = torch.full((2, q.shape[1], q.shape[0], topk), -1, dtype=torch.int32)
         _topk_index_partial_kernel[(1,)](score, partial, seq_lens, topk)
         _topk_index_merge_kernel[(1,)](partial, ids)
-        return None, ids, None
+        return out, ids, None
+"""
+
+INDEXER_CP = """
+    def score_local_blocks(gathered_q, k_cache, req_to_token, slot_ids, seq_lens, max_seqlen, rank, init_blocks,
+                           local_blocks, sm_scale, k_scale, packed_queries):
+        world, batch, _ = gathered_q.shape
+        scores = torch.full((world, batch, -(-max_seqlen // 128)), float("-inf"))
+        for b, seen in enumerate(seq_lens.tolist()):
+            if seen:
+                keys = k_cache[req_to_token[slot_ids[b], :seen].long(), 0]
+                found = forced(block_scores(gathered_q[:, b], keys, sm_scale), init_blocks, local_blocks)
+                scores[:, b, : found.shape[1]] = found
+        return scores[..., rank::world]
+
+    def select_local_candidates(scores, seq_lens, rank, max_seqlen, topk):
+        padded = torch.nn.functional.pad(scores, (0, topk), value=float("-inf"))
+        best_scores, at = padded.topk(topk)
+        return torch.stack([best_scores.double(), (at * scores.shape[0] + rank).double()])
+
+    def merge_candidates(gathered_keys, head):
+        scores, ids = gathered_keys[:, :, head].transpose(0, 1).movedim(1, 2).flatten(2)
+        best_scores, at = scores.topk(gathered_keys.shape[-1])
+        return _sort_ids_ascending(torch.where(best_scores.isinf(), -1, ids.gather(1, at)).long())[None]
 """
 
 PREFILL = """
@@ -166,6 +201,7 @@ def files(*, old: bool = False) -> dict[str, str]:
         "decode/flash_with_topk_idx": IMPORTS + DECODE_INDEX,
         "prefill/topk_sparse": IMPORTS + PREFILL,
         "decode/topk_sparse": IMPORTS + DECODE,
+        **({} if old else {"decode/indexer_cp": IMPORTS + INDEXER_CP}),
     }
     for name, value in choices.items():
         texts = {stem: text.replace(f"{{{name}}}", value) for stem, text in texts.items()}

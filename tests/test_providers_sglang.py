@@ -146,17 +146,17 @@ def test_a_right_kernel_is_right_in_every_layout(op, layout, fake):
 
 
 def test_no_key_is_copied_and_memory_that_nobody_owns_keeps_its_poison():
-    from m3check.kernels.sglang.calls import _slots
+    from m3check.kernels.sglang.views import slots
 
     cache = torch.full((3, 2, 128, 8), float("nan"))
     cache[1, :, :5] = torch.arange(80.0).view(2, 5, 8)
-    view, table = _slots(cache[..., :4], torch.tensor([[1, 2]], dtype=torch.int32))
+    view, table = slots(cache[..., :4], torch.tensor([[1, 2]], dtype=torch.int32))
     assert view.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
     assert table.shape == (1, 256)
     assert torch.equal(view[table[0, :5].long()], cache[1, :, :5, :4].transpose(0, 1))
     assert view[table[0, 5:].long()].isnan().all(), "dead slots of a page, and the next page"
     with pytest.raises(M3CheckError, match="no multiple"):
-        _slots(torch.empty(3, 2, 130, 8)[:, :, :128].as_strided((3, 1, 128, 4), (1001, 8, 8, 1)), table)
+        slots(torch.empty(3, 2, 130, 8)[:, :, :128].as_strided((3, 1, 128, 4), (1001, 8, 8, 1)), table)
 
 
 def test_a_kernel_that_reads_a_token_too_many_is_refused(tmp_path):
@@ -174,6 +174,84 @@ def test_a_kernel_that_takes_slots_for_positions_is_refused(tmp_path):
     path = f"{fake_sglang.NEW}/common/utils.py"
     files[path] = files[path].replace("slots = table[at[at < seen]].long()", "slots = at[at < seen].long()")
     assert judged(load(f"sglang:{fake_sglang.tree(tmp_path, files)}"), small("sparse_attn"))
+
+
+# Scoring fused with attention, and an indexer of several processes.
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    return load(f"sglang_fused:{fake_sglang.tree(tmp_path_factory.mktemp('fused'), fake_sglang.files())}")
+
+
+@pytest.mark.parametrize("layout", ["hnd", "nhd", "pool"])
+@pytest.mark.parametrize("op", [*SINGLE, "decode"])
+def test_one_pass_that_scores_and_attends_is_right_in_every_layout(op, layout, fused):
+    topk = 6 if "ids" not in OPS[op].outputs or op == "decode" else 3
+    assert judged(fused, small(op, layout=layout, topk=topk)) == set()
+    assert fused.kernels["sparse_attn"].name == "flash_prefill_with_topk_index"
+
+
+def test_one_pass_over_a_scaled_cache_is_right(fused):
+    for op in ("sparse_attn", "sparse_attn_decode"):
+        assert judged(fused, small(op, topk=6, cache_dtype="fp8_e4m3fn", scales="scalar")) == set()
+
+
+def test_one_pass_that_reads_a_token_too_many_or_leaves_a_block_out_is_refused(tmp_path):
+    for place, old, new in (
+        ("decode", "seq_lens.tolist()", "(seq_lens + 1).tolist()"),
+        ("common", "(-(-seen // 128))", "(1)"),
+    ):
+        files = fake_sglang.files()
+        path = f"{fake_sglang.NEW}/{'common/utils' if place == 'common' else 'decode/flash_with_topk_idx'}.py"
+        assert old in files[path]
+        files[path] = files[path].replace(old, new)
+        assert judged(
+            load(f"sglang_fused:{fake_sglang.tree(tmp_path / place, files)}"), small("sparse_attn_decode", topk=6)
+        )
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        ({"op": "sparse_attn", "topk": 5}, "must name them all; got 5 of 6"),
+        ({"op": "sparse_attn_decode", "topk": 6, "ids": "short"}, "must name them all; got ids=short"),
+        ({"op": "sparse_attn", "topk": 6, "head_dim": 512}, "head_dim of at most 256"),
+        ({"op": "decode"}, "must name them all"),
+    ],
+)
+def test_one_pass_wants_lists_of_every_block(axes, words, fused):
+    assert words in (fused.refuses(small(**axes)) or "")
+
+
+SHARED = Case(op="index_decode_cp", kv_heads=2, head_dim=128, topk=16, query_lens=(2, 2, 2), kv_lens=(2600, 300, 1))
+
+
+def test_an_indexer_of_several_processes_is_put_together(tmp_path):
+    files = fake_sglang.files()
+    loaded = load(f"sglang:{fake_sglang.tree(tmp_path / 'right', files)}", "gfx942")
+    assert judged(loaded, SHARED) == set()
+    path = f"{fake_sglang.NEW}/decode/indexer_cp.py"
+    files[path] = files[path].replace("* scores.shape[0] + rank", "* scores.shape[0]")
+    assert judged(load(f"sglang:{fake_sglang.tree(tmp_path / 'wrong', files)}", "gfx942"), SHARED)
+
+
+def test_who_has_an_indexer_of_several_processes_and_what_it_refuses(fake, tmp_path):
+    assert "path on AMD" in fake.missing["index_decode_cp"]
+    early = load(f"sglang:{fake_sglang.tree(tmp_path / 'old', fake_sglang.files(old=True))}", "gfx942")
+    assert "has no score_local_blocks" in early.missing["index_decode_cp"]
+    loaded = load(f"sglang:{fake_sglang.tree(tmp_path / 'new', fake_sglang.files())}", "gfx942")
+    for axes, words in (
+        ({"topk": 8}, "topk of 16"),
+        ({"topk": 24}, "topk of 16"),
+        ({"kv_heads": 1}, "got 1"),
+        ({"head_dim": 64}, "head_dim of 128"),
+        ({"dtype": "fp32", "cache_dtype": "fp32"}, "got fp32"),
+    ):
+        assert words in (loaded.refuses(replace(SHARED, **axes)) or ""), axes
+
+
+# Scores, scales, and what is refused.
 
 
 def test_scores_are_not_scaled(fake):

@@ -40,6 +40,14 @@ PROVIDERS: tuple[Provider, ...] = (
         SGLANG,
     ),
     Provider(
+        "sglang_fused",
+        ("sglang_fused", "sglang_fused==X.Y.Z", "sglang_fused:PATH"),
+        "SGLang's kernels that score and attend in one pass, for layers whose index head has values; found as sglang's are",
+        "as sglang",
+        "m3check.kernels.sglang",
+        project=SGLANG,
+    ),
+    Provider(
         "fmha_sm100",
         ("fmha_sm100", "fmha_sm100:PATH"),
         "MSA's CUTLASS and CuteDSL kernels for SM100 and SM103, which production runs there: of an installed vLLM or MSA, "

@@ -8,16 +8,16 @@ standing in for the launch of the other: what is launched before, and how, is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m3check.types import BLOCK, M3CheckError
+from m3check.kernels.sglang.launches import Stub, instead, launched, not_launched
+from m3check.kernels.sglang.views import page_size, requests, rows, scales, slots
+from m3check.types import BLOCK
 
 UNSCALED = 0.6931471824645996
 """As fp32: what times 1.4426950409, rounded to fp32, is 1. With this sm_scale scores are plain q·k."""
@@ -29,13 +29,13 @@ SCORE_PREFILL = ("_flash_attn_fwd_with_block_score_kernel", "_index_block_score_
 
 
 class Calls:
-    """The four wrapper modules of one version; its methods are m3check's ops."""
+    """The wrapper modules of one version; its methods are m3check's ops."""
 
-    def __init__(
-        self, prefill_index: ModuleType, decode_index: ModuleType, prefill: ModuleType, decode: ModuleType
-    ) -> None:
-        self._prefill_index, self._prefill = prefill_index, prefill
-        self._decode_index, self._decode = decode_index, decode
+    def __init__(self, modules: Mapping[str, ModuleType]) -> None:
+        """`modules` by their files below the version's tree, without the ending; of indexer_cp only where it is there."""
+        self._prefill_index, self._prefill = modules["prefill/flash_with_topk_idx"], modules["prefill/topk_sparse"]
+        self._decode_index, self._decode = modules["decode/flash_with_topk_idx"], modules["decode/topk_sparse"]
+        self._shared = modules.get("decode/indexer_cp")
 
     def index_score(
         self,
@@ -49,8 +49,8 @@ class Calls:
         max_seq_len: int,
     ) -> Tensor:
         """[H, T, blocks(max_seq_len)] fp32: what the wrapper hands to its selection."""
-        keys, table = _slots(index_kv_cache[:, None], block_table)
-        with _instead(self._prefill_index, {SELECT_PREFILL: _not_launched}) as launches:
+        keys, table = slots(index_kv_cache[:, None], block_table)
+        with instead(self._prefill_index, {SELECT_PREFILL: not_launched}) as launches:
             self._index(
                 (idx_q, keys, table, cu_seqlens_q, seq_lens, prefix_lens), max_query_len, max_seq_len, topk=1, forced=(0, 0)
             )
@@ -76,8 +76,8 @@ class Calls:
             strides = dict(zip(("stride_s_h", "stride_s_n", "stride_s_k"), score.stride(), strict=True))
             return arguments | strides | {"s_ptr": score}
 
-        stubs: dict[str, Stub] = {**dict.fromkeys(SCORE_PREFILL, _not_launched), SELECT_PREFILL: select}
-        with _instead(self._prefill_index, stubs):
+        stubs: dict[str, Stub] = {**dict.fromkeys(SCORE_PREFILL, not_launched), SELECT_PREFILL: select}
+        with instead(self._prefill_index, stubs):
             ids: Tensor = self._index(
                 (q, keys, table, cu_seqlens_q, prefix_lens, prefix_lens),
                 max_query_len,
@@ -99,7 +99,7 @@ class Calls:
         decode_query_len: int,
     ) -> Tensor:
         """[H, T, blocks(max_seq_len)] fp32: what the wrapper hands to its selection."""
-        with _instead(self._decode_index, {SELECT_DECODE: _not_launched, MERGE_DECODE: _not_launched}) as launches:
+        with instead(self._decode_index, {SELECT_DECODE: not_launched, MERGE_DECODE: not_launched}) as launches:
             self._index_decode(
                 idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, 1, (init_blocks, local_blocks), decode_query_len
             )
@@ -120,7 +120,7 @@ class Calls:
         score_out: Tensor | None = None,
     ) -> Tensor:
         """[H, T, topk] int32; `score_out` receives a copy of the scores of the blocks that each row sees."""
-        with _instead(self._decode_index, {SELECT_DECODE: _launched}) as launches:
+        with instead(self._decode_index, {SELECT_DECODE: launched}) as launches:
             ids: Tensor = self._index_decode(
                 idx_q,
                 index_kv_cache,
@@ -134,11 +134,51 @@ class Calls:
         if score_out is not None:
             score = launches[SELECT_DECODE].seen["s_ptr"]
             columns = min(score.shape[2], score_out.shape[2])
-            seen = -(-_rows(seq_lens, decode_query_len) // BLOCK)
+            seen = -(-rows(seq_lens, decode_query_len) // BLOCK)
             owned = torch.arange(columns, device=score.device) < seen[:, None]
             into = score_out[..., :columns]
             into.copy_(torch.where(owned, score[..., :columns], into))
         return ids
+
+    def index_decode_cp(
+        self,
+        idx_q: Tensor,
+        index_kv_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        max_seq_len: int,
+        topk: int,
+        init_blocks: int,
+        local_blocks: int,
+        decode_query_len: int,
+        sm_scale: float,
+        ranks: int,
+    ) -> Tensor:
+        """[H, T, topk] int32: each process's candidates of its blocks, then each one's merge for the head that it owns."""
+        assert self._shared is not None, "a version without this file is missing this op"
+        cp = self._shared
+        keys, table = slots(index_kv_cache[:, None], block_table)
+        queries, lengths = idx_q.transpose(0, 1).contiguous(), rows(seq_lens, decode_query_len)
+        owners = requests(seq_lens).repeat_interleave(decode_query_len)
+        candidates = []
+        for rank in range(ranks):
+            scores = cp.score_local_blocks(
+                gathered_q=queries,
+                k_cache=keys,
+                req_to_token=table,
+                slot_ids=owners,
+                seq_lens=lengths,
+                max_seqlen=max_seq_len,
+                rank=rank,
+                init_blocks=init_blocks,
+                local_blocks=local_blocks,
+                sm_scale=sm_scale,
+                k_scale=1.0,
+                packed_queries=decode_query_len,
+            )
+            candidates.append(cp.select_local_candidates(scores, lengths, rank, max_seq_len, topk))
+        gathered = torch.stack(candidates)
+        return torch.cat([cp.merge_candidates(gathered, head) for head in range(ranks)])
 
     def sparse_attn(
         self,
@@ -156,15 +196,15 @@ class Calls:
     ) -> Tensor:
         """[T, Hq, D], query dtype."""
         dim = q.shape[-1]
-        keys, table = _slots(kv_cache[..., :dim], block_table)
-        values, _ = _slots(kv_cache[..., dim:], block_table)
+        keys, table = slots(kv_cache[..., :dim], block_table)
+        values, _ = slots(kv_cache[..., dim:], block_table)
         out: Tensor = self._prefill.flash_prefill_with_gqa_share_sparse(
             q=q,
             k_cache=keys,
             v_cache=values,
             sink=None,
             req_to_token=table,
-            slot_ids=_requests(seq_lens),
+            slot_ids=requests(seq_lens),
             topk_idx=topk_idx,
             block_size_q=1,
             block_size_k=BLOCK,
@@ -173,7 +213,7 @@ class Calls:
             prefix_lens=prefix_lens,
             max_seqlen_q=max_query_len,
             sm_scale=sm_scale,
-            **_scales(k_scale, v_scale),
+            **scales(k_scale, v_scale),
         )
         return out
 
@@ -191,8 +231,8 @@ class Calls:
     ) -> Tensor:
         """[T, Hq, D], query dtype; every query is a request of its own, as the server's verification has it."""
         dim = q.shape[-1]
-        keys, table = _slots(kv_cache[..., :dim], block_table)
-        values, _ = _slots(kv_cache[..., dim:], block_table)
+        keys, table = slots(kv_cache[..., :dim], block_table)
+        values, _ = slots(kv_cache[..., dim:], block_table)
         attend = self._decode.flash_decode_with_gqa_share_sparse
         out: Tensor = attend(
             q=q,
@@ -200,13 +240,13 @@ class Calls:
             k_cache=keys,
             v_cache=values,
             req_to_token=table,
-            seq_lens=_rows(seq_lens, decode_query_len),
-            slot_ids=_requests(seq_lens).repeat_interleave(decode_query_len),
+            seq_lens=rows(seq_lens, decode_query_len),
+            slot_ids=requests(seq_lens).repeat_interleave(decode_query_len),
             block_size=BLOCK,
             topk_idx=topk_idx,
             sm_scale=sm_scale,
-            **_page_size(attend),
-            **_scales(k_scale, v_scale),
+            **page_size(attend),
+            **scales(k_scale, v_scale),
         )
         return out
 
@@ -218,10 +258,9 @@ class Calls:
         return index(
             q=q,
             k_cache=keys,
-            v_cache=None,
             sink=None,
             req_to_token=table,
-            slot_ids=_requests(seq_lens),
+            slot_ids=requests(seq_lens),
             cu_seqlens=cu_seqlens_q,
             seq_lens=seq_lens,
             prefix_lens=prefix_lens,
@@ -233,8 +272,8 @@ class Calls:
             init_blocks=forced[0],
             local_blocks=forced[1],
             sm_scale=UNSCALED,
-            disable_index_value=True,
-            **_page_size(index),
+            **self._value(keys),
+            **page_size(index),
         )[1]
 
     def _index_decode(
@@ -248,113 +287,25 @@ class Calls:
         forced: tuple[int, int],
         decode_query_len: int,
     ) -> Any:
-        keys, table = _slots(index_kv_cache[:, None], block_table)
+        keys, table = slots(index_kv_cache[:, None], block_table)
         index = self._decode_index.flash_decode_with_topk_idx
         return index(
             q=idx_q,
             sink=None,
             k_cache=keys,
-            v_cache=None,
             req_to_token=table,
-            seq_lens=_rows(seq_lens, decode_query_len),
+            seq_lens=rows(seq_lens, decode_query_len),
             max_seqlen=max_seq_len,
-            slot_ids=_requests(seq_lens).repeat_interleave(decode_query_len),
+            slot_ids=requests(seq_lens).repeat_interleave(decode_query_len),
             block_size=BLOCK,
             topk=topk,
             init_blocks=forced[0],
             local_blocks=forced[1],
             sm_scale=UNSCALED,
-            disable_index_value=True,
-            **_page_size(index),
+            **self._value(keys),
+            **page_size(index),
         )[1]
 
-
-# Memory as SGLang has it.
-
-
-def _slots(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
-    """A cache [pages, heads, 128, D] as slots [S, heads, D], and req_to_token [R, columns · 128] int32; no key is copied.
-
-    Slot s is what lies s token strides after the first token, so a page's tokens are neighbours, and slots between pages
-    (other heads, layers, values) exist and are nobody's.
-    """
-    page, head, token, channel = cache.stride()
-    if page % token:
-        raise M3CheckError(f"pages lie {page} elements apart, which is no multiple of the {token} between tokens")
-    slots = page // token
-    view = cache.as_strided(
-        ((cache.shape[0] - 1) * slots + BLOCK, cache.shape[1], cache.shape[3]),
-        (token, head, channel),
-        cache.storage_offset(),
-    )
-    table = block_table[..., None] * slots + torch.arange(BLOCK, dtype=torch.int32, device=block_table.device)
-    return view, table.flatten(1)
-
-
-def _requests(seq_lens: Tensor) -> Tensor:
-    """[R] int64: the row of req_to_token of each request."""
-    return torch.arange(seq_lens.shape[0], device=seq_lens.device)
-
-
-def _rows(seq_lens: Tensor, query_len: int) -> Tensor:
-    """[R · query_len] int32: the tokens that each query sees, 0 for a padded one."""
-    ahead = torch.arange(1 - query_len, 1, dtype=torch.int32, device=seq_lens.device)
-    return (seq_lens[:, None] + ahead).clamp(min=0).flatten()
-
-
-def _scales(k_scale: Tensor | None, v_scale: Tensor | None) -> dict[str, float]:
-    """Scales as the numbers that SGLang takes; none where there are none, since early versions take none."""
-    given = {"k_scale": k_scale, "v_scale": v_scale}
-    return {name: float(scale) for name, scale in given.items() if scale is not None}
-
-
-def _page_size(function: Callable[..., Any]) -> dict[str, int]:
-    return {"page_size": BLOCK} if "page_size" in signature(function).parameters else {}
-
-
-# Standing in for a launch.
-
-Stub = Callable[[dict[str, Any]], "dict[str, Any] | None"]
-"""Takes the arguments of a launch by name; gives those to launch with, or None for no launch."""
-
-
-def _not_launched(arguments: dict[str, Any]) -> None:
-    return None
-
-
-def _launched(arguments: dict[str, Any]) -> dict[str, Any]:
-    return arguments
-
-
-class _Launcher:
-    """Stands in a module for a Triton kernel, and remembers the arguments of its last launch by name."""
-
-    def __init__(self, kernel: Any, stub: Stub) -> None:
-        self._kernel, self._stub = kernel, stub
-        self.seen: dict[str, Any] = {}
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        def call(*places: Any, **keywords: Any) -> None:
-            names = self._kernel.arg_names[: len(places)]
-            self.seen = dict(zip(names, places, strict=True)) | keywords
-            arguments = self._stub(dict(self.seen))
-            if arguments is not None:
-                # By place where the wrapper passes by place: autotuners know arguments by their places.
-                by_place = [arguments.pop(name) for name in names]
-                self._kernel[grid](*by_place, **arguments)
-
-        return call
-
-
-@contextmanager
-def _instead(module: ModuleType, stubs: Mapping[str, Stub]) -> Iterator[dict[str, _Launcher]]:
-    """Stand in for kernels of a module, where it has them; gives what stands there, by the kernel's name."""
-    real = {name: getattr(module, name) for name in stubs if hasattr(module, name)}
-    there = {name: _Launcher(kernel, stubs[name]) for name, kernel in real.items()}
-    try:
-        for name, launcher in there.items():
-            setattr(module, name, launcher)
-        yield there
-    finally:
-        for name, kernel in real.items():
-            setattr(module, name, kernel)
+    def _value(self, keys: Tensor) -> dict[str, Any]:
+        """What scoring is told of an output of the index head: that there is none, as M3's layers have it."""
+        return {"v_cache": None, "disable_index_value": True}
