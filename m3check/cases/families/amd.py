@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _TABLE = frozenset({"kv_heads", "topk", "ids", "layout", "seed"})
 _SELECT = frozenset({"kv_heads", "topk", "init_blocks", "local_blocks", "fill", "seed"})
-_INSERT = frozenset({"head_dim", "dtype", "cache_dtype", "layout", "seed"})
+_INSERT = frozenset({"head_dim", "dtype", "cache_dtype", "layout", "fill", "seed"})
 _SCORE = _SELECT | {"head_dim", "dtype", "cache_dtype", "layout", "max_query_len"}
 
 FILLS = ("gauss", "integer", "wide", "ties")
@@ -30,7 +30,7 @@ def complaint(case: Case) -> str | None:
         return f"a table of pages is for one KV head; write h=1, got {case.kv_heads}"
     if case.layout == "nhd":
         return "layout=nhd orders the heads of the main cache, which is not read; known here: hnd, pool"
-    known = (*FILLS, "odd") if case.op == "index_topk_cp" else FILLS
+    known = {"index_topk_cp": (*FILLS, "odd"), "index_insert": ("gauss", "wide")}.get(case.op, FILLS)
     if case.fill not in known:
         return f"fill={case.fill} does not go with {case.op}; known here: {', '.join(known)}"
     if case.dtype != case.cache_dtype and not (case.dtype == "bf16" and case.cache_dtype.startswith("fp8")):
@@ -55,7 +55,10 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> Mapping[str, A
         return {"more": {"cached": torch.empty(0, device=device)}}
     if case.op == "index_insert":
         cached = torch.empty(0, dtype=torch_dtype(case.cache_dtype), device=device)
-        return {"more": {"index_k": draw("idx_k", (queries, case.head_dim), case.dtype), "cached": cached}}
+        keys = draw("idx_k", (queries, case.head_dim), case.dtype)
+        if case.fill == "wide":  # 2^-12 to 2^13, 6 bits of fraction: fp8 saturates, rounds, meets ties and goes under
+            keys = draw("x_idx_k", keys.shape, case.dtype) * draw("x_size", keys.shape, case.dtype)
+        return {"more": {"index_k": keys, "cached": cached}}
     if case.op == "index_topk_cp":
         scores = draw("scores", (heads, queries, case.block_columns), "fp32")
         unseen = torch.arange(case.block_columns) >= torch.from_numpy(visible_blocks(case))[:, None]
@@ -68,7 +71,7 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> Mapping[str, A
 
 def estimate(case: Case) -> Estimate:
     """Seconds; a row of a table costs as much as a row of a selection."""
-    rows, ranks = case.total_queries * case.kv_heads, max(2, case.kv_heads)
+    rows, ranks = case.total_queries * case.kv_heads, max(2, min(case.kv_heads, 4))
     seconds = CALL + SELECT_ROW * rows * (ranks if case.op.endswith("_cp") else 1)
     if "head_dim" in FAMILY.reads[case.op]:
         seconds += sum(SCORE_CHUNKS + SCORE_STEP * blocks(n) for n in case.kv_lens)

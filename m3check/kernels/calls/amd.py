@@ -68,14 +68,17 @@ def physical(
 
     case, device, op = inputs.case, inputs.device, kernel.op
     stride = 8 if case.layout == "hnd" else 16
-    pages = paging.Pages.shuffled(replace(case, op=world.salt), "main", device, world, FIRST_PAGE)
+    first = FIRST_PAGE
+    if op == "index_insert":
+        first = paging.far_page(replace(case, layout=world.layout or case.layout), True) if world.far else 0
+    pages = paging.Pages.shuffled(replace(case, op=world.salt), "main", device, world, first)
     positions = [request.position(i) for request in case.requests() for i in range(request.query_len)]
     owners = [request.index for request in case.requests() for _ in range(request.query_len)]
     arguments: dict[str, Any] = {
         "query_req_id": paging.lengths(owners, device),
         "query_abs_pos": paging.lengths(positions, device),
         "block_page_stride": stride,
-        "ranks": max(2, case.kv_heads),
+        "ranks": max(2, min(case.kv_heads, 4)),  # where there are more heads, each merges several
     }
     if op in ("sparse_pa_table", "sparse_pa_table_decode"):
         assert inputs.topk_idx is not None
@@ -125,7 +128,7 @@ def physical(
 
 
 def _slots(kernel: Kernel, inputs: Inputs, world: World, pages: Pages) -> Physical:
-    """Tokens at their slots, every fifth without one; a cache of which only those slots may be written."""
+    """Tokens at their slots, every fifth without one; a cache of which only those slots may be written, before slot 0 too."""
     import torch
 
     from m3check import paging
@@ -141,26 +144,20 @@ def _slots(kernel: Kernel, inputs: Inputs, world: World, pages: Pages) -> Physic
             lambda wanted: {},
             take=lambda result, buffers: Taken(_renumbered(kernel, inputs, table, places, result)),
         )
+    from m3check.kernels.calls.slots import Slots
+
     keys, cached = inputs.more["index_k"], inputs.more["cached"]
-    layers = paging.POOL_LAYERS if case.layout == "pool" else 1
-    poison = paging.poison_value(cached.dtype, world.poison)
-    backing = paging.filled([pages.first + pages.count, layers, BLOCK, case.head_dim], poison, cached.dtype, device)
-    view = backing[:, layers // 2]
-    owned = torch.zeros(backing.shape, dtype=torch.bool, device=device)
-    owned[:, layers // 2][real[kept] // BLOCK, real[kept] % BLOCK] = True
+    layers = paging.POOL_LAYERS if (world.layout or case.layout) == "pool" else 1
+    storage, backing = paging.watched_pages([layers, BLOCK, case.head_dim], pages, world.poison, cached.dtype)
+    cache = Slots("index_cache", backing, storage[:, layers // 2], slots, pages)
     wide = paging.filled(
         [len(places), 2 * case.head_dim], paging.poison_value(keys.dtype, world.poison), keys.dtype, device
     )
     wide[:, case.head_dim :] = keys
-
-    def read(result: Any, buffers: Mapping[str, Guard]) -> Taken:
-        there = view[real // BLOCK, real % BLOCK].double()
-        return Taken({"index_keys": there.where(kept[:, None], 0.0)})
-
     return Physical(
         {"index_k": wide[:, case.head_dim :], "index_slot_mapping": slots},
-        lambda wanted: {"index_cache": paging.Guard("index_cache", backing, view, owned)},
-        take=read,
+        lambda wanted: {"index_cache": cache},
+        take=lambda result, buffers: Taken({"index_keys": cache.rows()[:, 0].double()}),
     )
 
 
@@ -231,6 +228,6 @@ CALLS = Calls(
     named_only=frozenset({"out"}),
     returnable=frozenset({"out"}),
     fresh=frozenset({"idx_q", "score", "topk_idx"}),
-    token_dimension={"topk_idx": 1},
+    token_dimension={"topk_idx": 1, "idx_q": 0, "score": 1, "out": 1},
     held=frozenset({"completion_counter"}),
 )  # fmt: skip
