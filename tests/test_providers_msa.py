@@ -19,6 +19,7 @@ from m3check.arch import ARCHS
 from m3check.kernels import fmha_sm100, vllm_layer
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import data, index_decode, production
+from m3check.kernels.fmha_sm100 import sparse_attn_decode as cutlass
 from m3check.kernels.fmha_sm100.interface import Interface
 from m3check.kernels.layer_standin import FILES, M3, MSA_FILES, LayerWorld
 from m3check.kernels.locate import locate
@@ -349,7 +350,7 @@ def test_naming_it_where_it_is_not_ends_the_run(tmp_path):
 # From files.
 
 
-MIXED = "sparse_attn_decode/q=1,kv=300,h=2,g=2,topk=4"
+MIXED = "sparse_attn_decode/q=1,kv=300,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=scalar"
 HELD = "from fake_fmha_sm100 import Model\nheld = Model()\n"
 
 
@@ -437,14 +438,26 @@ def test_cases_on_which_prefill_and_decode_differ_are_known(case, mixed):
     assert production.mixes(cases.parse_id(case)) is mixed
 
 
-def test_a_tier_compares_prefill_and_decode_on_such_cases():
-    def suits(name, case):
-        return name == "same_as_prefill" and production.mixes(case)
+@pytest.mark.parametrize("tier", ["smoke", "ci", "full"])
+def test_a_tier_compares_prefill_and_decode_on_such_cases(tier):
+    """Attention with scales other than 1 among them, which MSA's prefill is not given."""
 
-    costs = [(cases.case_id(case), case, cases.cost(case, "device")) for case in cases.tier("smoke")]
-    shown = [n for n, names in invariants.assign(costs, "device", "smoke", suits).items() if "same_as_prefill" in names]
-    assert {cases.parse_id(name).op for name in shown} == {"index_decode_score", "sparse_attn_decode", "decode"}
-    assert all(production.mixes(cases.parse_id(name)) for name in shown)
+    def suits(name, case):
+        return name == "same_as_prefill" and production.telling(case)
+
+    some = [case for case in cases.tier(tier) if case.op in ("index_decode_score", "sparse_attn_decode", "decode")]
+    costs = [(cases.case_id(case), case, cases.cost(case, "device")) for case in some]
+    shown = [n for n, names in invariants.assign(costs, "device", tier, suits).items() if "same_as_prefill" in names]
+    telling = [case for case in map(cases.parse_id, shown) if production.telling(case)]
+    assert {case.op for case in telling} == {"index_decode_score", "sparse_attn_decode", "decode"}
+    assert {case.op for case in telling if case.scales != "none"} == {"sparse_attn_decode", "decode"}
+
+
+def test_ci_has_cases_that_cutlass_decode_and_the_layer_of_msa_take():
+    taken = [case for case in cases.tier("ci") if case.op == "sparse_attn_decode" and cutlass.refusal(case) is None]
+    assert [case.scales for case in taken] == ["scalar"]
+    layers = [case for case in cases.tier("ci") if case.op == "indexer" and production.takes("index_topk", case)]
+    assert {case.scales for case in layers if production.takes("sparse_attn", case)} == {"scalar", "none"}
 
 
 # The dispatch as a whole: prefill by MSA, decode by Triton.

@@ -85,7 +85,7 @@ def suits(spec: Spec, invariant: str, case: Case, arch: Arch, evidence: Evidence
     source = _sources.here(spec)
     if invariant != "same_as_prefill" or source is None:
         return False
-    return production.there(source.folder, source.version, arch, evidence) and production.mixes(case)
+    return production.there(source.folder, source.version, arch, evidence) and production.telling(case)
 
 
 def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:

@@ -66,6 +66,11 @@ def mixes(case: Case) -> bool:
     return any(takes(op, case) for op in prefill.get(case.op, ()))
 
 
+def telling(case: Case) -> bool:
+    """Whether a case should show that both agree: where they attend, one with scales, which MSA is not given."""
+    return mixes(case) and (case.scales != "none" or "out" not in OPS[case.op].outputs)
+
+
 def _lists(op: str) -> tuple[int, ...]:
     return sparse_attn.SLOTS if op == "sparse_attn" else (index_topk.SLOTS,)
 
