@@ -153,9 +153,8 @@ def _warmed(kernel: Kernel, trial: Trial) -> list[Finding]:
     """The kernel warmed up as its server would, then given batches of other sizes: what those compiled or timed."""
     from m3check import runner, warm
     from m3check.kernels import contract
-    from m3check.paging import World
 
-    inputs, world, warm_up = trial.inputs, World(), kernel.warm_up
+    inputs, world, warm_up = trial.inputs, warm.server(trial.inputs.case), kernel.warm_up
     with warm.listening() as heard:
         if warm_up is None:
             trial.call(inputs, world)

@@ -11,9 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from m3check.types import OPS, Case, Finding, Status
+from m3check.types import OPS, Case, Finding, Status, blocks
+
+if TYPE_CHECKING:
+    from m3check.paging import World
 
 MARKS = {"tt.divisibility": "divisible by 16", "tt.pointer_range": "within 2 GB"}
 """What Triton finds of an argument, in words."""
@@ -69,6 +72,15 @@ def batches(case: Case) -> list[tuple[str, Case]]:
          replace(plain, query_lens=tuple(queries), kv_lens=tuple(lengths)))
         for queries, lengths in shapes
     ]  # fmt: skip
+
+
+def server(case: Case) -> World:
+    """A cache and block tables that hold every one of these batches: a server's own do not change."""
+    from m3check.paging import SPARE_PAGES, World
+
+    every = [case, *(other for _, other in batches(case))]
+    pages = max(sum(blocks(n) for n in each.kv_lens) for each in every)
+    return World(columns=max(each.block_columns for each in every) + 2, pages=pages + SPARE_PAGES)
 
 
 def judged(warmed: Heard, later: Sequence[tuple[str, Heard]], promises: frozenset[str]) -> list[Finding]:

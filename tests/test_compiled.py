@@ -72,6 +72,9 @@ def test_a_length_among_the_constants_is_a_recompile_storm(compiled):
     assert storm.where == "storming, context lengths"
     assert "the constant CONTEXT took 11 values" in storm.hint
     assert storm.measured == 11 > storm.limit
+    [cold] = of(red, "warm")
+    assert cold.status is Status.NOTED
+    assert "up to 131 tokens long, compiled it again: CONTEXT is the constant 131, was the constant 300" in cold.hint
     calm = [f for f in of(red, "recompiles") if f.status is Status.PASSED]
     assert {f.where for f in calm} == {"batch sizes", "query lengths"}
 

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from test_invariants import run
 
-from m3check import cases, interpret, kernels, runner
+from m3check import cases, interpret, kernels, paging, runner
 from m3check.arch import ARCHS, present
+from m3check.kernels import contract
 from m3check.types import M3CheckError, PlanLine, Status
 
 pytestmark = pytest.mark.skipif(bool(present()), reason="the interpreter is off where there is a GPU")
@@ -77,3 +78,19 @@ def test_vllm_holds_its_configurations_and_other_invariants():
         result = runner.run_one(cases.parse_id(case), session, line, "")
         assert result.status is Status.PASSED, result.reason
         assert set(names) <= {f.check for f in result.findings}
+
+
+def test_our_latent_attention_holds_its_configurations_and_warms_up():
+    interpret.install()
+    loaded = kernels.load(kernels.parse_spec("triton"), ARCHS["sm90"], "interpreted", True)
+    session = runner.Session(ARCHS["sm90"], "interpreted", "cpu", loaded)
+    text = "mla_sparse/q=1+1,kv=50+70,h=1,g=20,d=192,topk=48"
+    case = cases.parse_id(text)
+    kernel = loaded.kernels["mla_sparse"]
+    inputs = cases.make_inputs(case)
+    kernel.warm_up(**contract.prepare(kernel, inputs, paging.World()).arguments)
+    with pytest.raises(ValueError, match="needs a query"):
+        kernel.warm_up(inputs.q[:0], inputs.k, inputs.topk_idx[0, :0, None], 1.0, 128)
+    result = runner.run_one(case, session, PlanLine(text, "mla_sparse", "triton", "interpreted", None, ("autotune",)), "")
+    assert result.status is Status.PASSED, result.reason
+    assert "autotune" in {f.check for f in result.findings}

@@ -145,16 +145,17 @@ loaded = kernels.load(kernels.parse_spec("triton"), ARCHS["sm90"], "compiled", T
 for text in sys.argv[1:]:
     case = cases.parse_id(text)
     kernel = loaded.kernels[case.op]
-    found = evidence.warmth(case, kernel, evidence.launches_of(case, kernel)[0])
-    print(json.dumps([[str(f.status), f.hint] for f in found]))
+    print(json.dumps([[str(f.status), f.hint] for f in evidence.warmth(case, kernel)]))
 """
 
 
-def test_our_latent_attention_stays_warm_and_our_insert_is_named():
+def test_our_kernels_of_other_families_stay_warm_and_our_insert_is_named():
     """Real specialisations of a target that is not here, captured and not compiled."""
     ids = [
         "mla_sparse/q=3+2,kv=150+70,h=1,d=576,topk=64",
         "mla_sparse/q=3,kv=150,h=1,g=5,d=576,topk=512,dtype=fp32,cache=fp32",
+        "mqa_logits/q=5+3,kv=130+9,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
+        "paged_mqa_logits/q=2x4,kv=131+64+0+65,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
         "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4",
     ]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
@@ -162,8 +163,8 @@ def test_our_latent_attention_stays_warm_and_our_insert_is_named():
         [sys.executable, "-c", CAPTURED, *ids], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    latent, odd, insert = (json.loads(line) for line in done.stdout.splitlines())
-    assert latent == odd == [["passed", ""]]
+    *warm, insert = (json.loads(line) for line in done.stdout.splitlines())
+    assert warm == [[["passed", ""]]] * 4
     [[status, hint]] = insert
     assert status == "noted"
     assert "tokens is the constant 1, was i32" in hint

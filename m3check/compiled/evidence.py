@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from m3check import warm
 from m3check.arch import Arch
@@ -14,6 +14,7 @@ from m3check.types import DTYPES, OPS, Case, Finding, Kernel, M3CheckError, Stat
 if TYPE_CHECKING:
     from m3check.compiled.build import Built
     from m3check.compiled.capture import Launch
+    from m3check.paging import World
 
 
 class NothingToCompile(M3CheckError):
@@ -32,7 +33,7 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
 
     launches, raised = launches_of(case, kernel)
     if sweep and kernel.warm_up is not None:
-        launches = [*launches, *launches_of(case, kernel, kernel.warm_up)[0]]
+        launches = [*launches, *launches_of(case, kernel, warming=True)[0]]
     if not launches and not raised:
         raise NothingToCompile(f"{kernel.name} launches no Triton kernel, so there is nothing to compile")
     goal = target.gpu_target(arch)
@@ -57,27 +58,28 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
         found.append(Finding("captured", Status.INCONCLUSIVE, hint=raised))
     elif sweep:
         found += sweeping.storms(case, lambda other: launches_of(other, kernel)[0])
-        found += warmth(case, kernel, launches)
+        found += warmth(case, kernel)
     return found
 
 
-def warmth(case: Case, kernel: Kernel, launches: Sequence[Launch]) -> list[Finding]:
-    """What batches of other sizes would compile anew after these launches, or after the kernel's own warm-up."""
-    if kernel.warm_up is not None:
-        launches = launches_of(case, kernel, kernel.warm_up)[0]
-    later = [(words, _heard(launches_of(other, kernel)[0])) for words, other in warm.batches(case)]
-    return warm.judged(_heard(launches), later, kernel.profile.bitwise)
+def warmth(case: Case, kernel: Kernel) -> list[Finding]:
+    """What batches of other sizes would compile anew after the kernel's warm-up, or after a call of the case."""
+    world = warm.server(case)
+
+    def heard(other: Case, warming: bool = False) -> warm.Heard:
+        launches, _ = launches_of(other, kernel, world, warming)
+        return warm.Heard([each.variant for launch in launches for each in launch.candidates])
+
+    first = heard(case, kernel.warm_up is not None)
+    return warm.judged(first, [(words, heard(other)) for words, other in warm.batches(case)], kernel.profile.bitwise)
 
 
-def _heard(launches: Sequence[Launch]) -> warm.Heard:
-    """The variants that launches would be compiled to."""
-    return warm.Heard([each.variant for launch in launches for each in launch.candidates])
-
-
-def launches_of(case: Case, kernel: Kernel, warm_up: Callable[..., Any] | None = None) -> tuple[Sequence[Launch], str]:
+def launches_of(
+    case: Case, kernel: Kernel, world: World | None = None, warming: bool = False
+) -> tuple[Sequence[Launch], str]:
     """The launches of a case, and the sentence of what its wrapper raised after them: captured kernels compute nothing.
 
-    With `warm_up`, that is called instead of the kernel.
+    Where it is `warming`, the kernel's warm-up is called in its place.
     """
     from m3check import cases
     from m3check.compiled.capture import capturing
@@ -88,10 +90,10 @@ def launches_of(case: Case, kernel: Kernel, warm_up: Callable[..., Any] | None =
     raised = ""
     with capturing() as launches:
         try:
-            if warm_up is None:
-                contract.call(kernel, inputs)
+            if warming and kernel.warm_up is not None:
+                kernel.warm_up(**contract.prepare(kernel, inputs, world or World()).arguments)
             else:
-                warm_up(**contract.prepare(kernel, inputs, World()).arguments)
+                contract.call(kernel, inputs, world)
         except Exception as error:
             own = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages/t" not in f.filename]
             place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

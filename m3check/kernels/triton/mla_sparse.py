@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3check.kernels.triton import profile, tiles, tuning
+from m3check.kernels.triton import tiles, tuning
 from m3check.kernels.triton.attention import normalised
+from m3check.kernels.triton.profile import STEADY as PROFILE
 from m3check.kernels.triton.sparse_attn_decode import merge_kernel
 from m3check.types import ROPE
 
 __all__ = ["PROFILE", "mla_sparse", "warm_up"]
 
-PROFILE = replace(profile.PROFILE, bitwise=profile.PROFILE.bitwise | {"warm"})
 LN2 = tl.constexpr(math.log(2))
 DECODED = 16
 """Queries of the batch on which lists in parts are timed."""

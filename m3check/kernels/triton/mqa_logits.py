@@ -10,12 +10,12 @@ from torch import Tensor
 from m3check.kernels.triton import tiles
 from m3check.kernels.triton.dequantise import codes
 from m3check.kernels.triton.logits import weighed_tile
-from m3check.kernels.triton.profile import PROFILE
+from m3check.kernels.triton.profile import STEADY as PROFILE
 
 __all__ = ["PROFILE", "mqa_logits"]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["stride_lt", "rows"])
 def mqa_logits_kernel(
     q, stride_qt, stride_qh, stride_qd, k, stride_kt, stride_kd, k_scale, weights, stride_wt, stride_wh, starts, ends,
     logits, stride_lt, stride_ln, rows, heads,

@@ -1,5 +1,7 @@
 """What our Triton kernels need and promise."""
 
+from dataclasses import replace
+
 from m3check.types import ODD_SCORES, Profile
 
 PROFILE = Profile(
@@ -15,3 +17,6 @@ PROFILE = Profile(
     partials="fp32",
     bitwise=frozenset({"repeat", "far_rows", "far_slots", "graph", "apart", "empty"}),
 )
+
+STEADY = replace(PROFILE, bitwise=PROFILE.bitwise | {"warm"})
+"""Of kernels that compile for heads, channels and dtypes alone, whatever the batch."""
