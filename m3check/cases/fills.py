@@ -279,5 +279,6 @@ FILLS: Mapping[str, Fill] = {
     "two_keys": Fill("two_keys", probes.two_keys, probes.attends_unscaled),
     "edge_up": Fill("edge_up", scorefills.edge_up, scorefills.scores),
     "edge_down": Fill("edge_down", scorefills.edge_down, scorefills.scores),
+    "close": Fill("close", scorefills.close, scorefills.selects),
     "odd": Fill("odd", scorefills.odd, scorefills.selects),
 }
