@@ -5,23 +5,20 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from m3check import arch as arches
 from m3check import cases as _cases
-from m3check import dispatch, gate, isolate, journal, kernels, power, runner, sanitize
+from m3check import dispatch, gate, isolate, journal, kernels, parent, power, runner, sanitize
 from m3check import invariants as _invariants
 from m3check.compiled.report import told_once
 from m3check.report import FILES
-from m3check.report.jsonfile import SCHEMA_VERSION
-from m3check.report.tally import GATE
-from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
+from m3check.types import OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Record, Result, Status
 
 if TYPE_CHECKING:
     from m3check.config import RunOptions
@@ -111,16 +108,6 @@ def _shown_again(function: Callable[..., Any] | None, line: PlanLine, arch: str,
     return f"m3check run --arch {arch} --kernels {shlex.quote(str(path))} --case {line.case}"
 
 
-class Group(NamedTuple):
-    """What a worker is bound to for life."""
-
-    provider: str
-    evidence: Evidence
-
-    def __str__(self) -> str:
-        return self.provider if self.evidence != "compiled" else f"{self.provider}, to be compiled,"
-
-
 def _key(line: PlanLine) -> journal.Key:
     return line.case, line.provider, line.evidence
 
@@ -146,27 +133,27 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     results: dict[journal.Key, Result] = {}
     for line in lines:
         if line.skip is not None:
-            results[_key(line)] = without_running(line, Status.SKIPPED, line.skip, options)
+            results[_key(line)] = parent.without_running(line, Status.SKIPPED, line.skip, options)
     due = [line for line in lines if line.skip is None]
-    groups = list(dict.fromkeys(Group(line.provider, line.evidence) for line in due))
-    jobs = options.jobs or default_jobs(evidence)
+    groups = list(dict.fromkeys(parent.Group(line.provider, line.evidence) for line in due))
+    jobs = options.jobs or parent.default_jobs(evidence)
     facts = {
-        **circumstances(evidence, why, jobs),
+        **parent.circumstances(evidence, why, jobs),
         "tier": options.tier if not options.cases else "",
         **({"sanitize": options.sanitize} if options.sanitize else {}),
     }
 
-    def make(group: Group) -> isolate.Worker:
-        command = worker_command(group.provider, arch.name, group.evidence, device, options.offline)
+    def make(group: parent.Group) -> isolate.Worker:
+        command = parent.worker_command(group.provider, arch.name, group.evidence, device, options.offline)
         new = sanitized.make if sanitized is not None else isolate.Worker
-        return new(command, worker_environment(group.evidence))
+        return new(command, parent.worker_environment(group.evidence))
 
     interrupted = False
-    pool: isolate.Pool[Group]
+    pool: isolate.Pool[parent.Group]
     with isolate.Pool(jobs, make, options.timeout * (sanitize.SLOWER if options.sanitize else 1)) as pool:
         try:
             if due:
-                facts |= introduced(pool.greet(groups))
+                facts |= parent.introduced(pool.greet(groups))
                 _run_due(pool, due, results, facts, options)
         except KeyboardInterrupt:
             interrupted = True
@@ -176,46 +163,11 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     ordered = told_once([results[k] for line in lines if (k := _key(line)) in results])
     facts["power"] = power.summary(ordered)
     facts["dispatch"] = dispatch.summary(arch.name, ordered, facts.get("providers", {}))
-    return record(options, gated.judge(ordered, broken=interrupted), facts, interrupted)
-
-
-def circumstances(evidence: Evidence, why: str, jobs: int) -> dict[str, Any]:
-    """What the parent process knows of a run when it begins, for its record."""
-    return {
-        "evidence": evidence,
-        "evidence_reason": why,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "jobs": jobs,
-    }
-
-
-def worker_command(spec: str, arch: str, evidence: Evidence, device: int, offline: bool) -> dict[str, Any]:
-    """What a worker is told to load, once."""
-    return {"spec": spec, "arch": arch, "evidence": evidence, "device": device, "offline": offline}
-
-
-def introduced(hellos: Mapping[Group, Mapping[str, Any]]) -> dict[str, Any]:
-    """Facts for the record from the workers' hellos; raises M3CheckError when one refused."""
-    said = set()
-    for group, hello in hellos.items():
-        if "refused" in hello:
-            raise M3CheckError(hello["refused"])
-        for warning in hello["warnings"]:
-            if (group.provider, warning) not in said:
-                print(f"m3check: {group.provider}: {warning}", file=sys.stderr)
-            said.add((group.provider, warning))
-    repairs: Sequence[Mapping[str, Any]] = next((hello["repairs"] for hello in hellos.values() if hello["repairs"]), [])
-    return {
-        **next(iter(hellos.values()))["environment"],
-        "providers": {group.provider: hello["description"] for group, hello in hellos.items()},
-        "interpreter_repairs": [r["name"] for r in repairs if r["installed"]],
-    }
+    return parent.record(options, gated.judge(ordered, broken=interrupted), facts, interrupted)
 
 
 def _run_due(
-    pool: isolate.Pool[Group],
+    pool: isolate.Pool[parent.Group],
     due: Sequence[PlanLine],
     results: dict[journal.Key, Result],
     facts: Mapping[str, Any],
@@ -237,7 +189,7 @@ def _run_due(
         (options.folder / name).unlink(missing_ok=True)
     book = journal.Journal(options.folder / "journal.jsonl", fingerprint, options.resume)
     try:
-        tasks: dict[Group, list[PlanLine]] = {}
+        tasks: dict[parent.Group, list[PlanLine]] = {}
         done = 0
         for line in sorted(due, key=lambda line: -_cases.cost(_cases.parse_id(line.case), line.evidence)):
             earlier = book.earlier.get(_key(line))
@@ -245,7 +197,7 @@ def _run_due(
                 results[_key(line)] = earlier
                 done += 1
             else:
-                tasks.setdefault(Group(line.provider, line.evidence), []).append(line)
+                tasks.setdefault(parent.Group(line.provider, line.evidence), []).append(line)
 
         def message(line: PlanLine) -> dict[str, Any]:
             import msgspec
@@ -254,7 +206,7 @@ def _run_due(
 
         for line, answer in pool.run(tasks, message):
             if isinstance(answer, isolate.Death):
-                result = without_running(line, Status(answer.kind), answer.reason, options)
+                result = parent.without_running(line, Status(answer.kind), answer.reason, options)
             else:
                 import msgspec
 
@@ -266,50 +218,3 @@ def _run_due(
                 options.progress(Event(done, len(due), result))
     finally:
         book.close()
-
-
-def without_running(line: PlanLine, status: Status, reason: str, options: RunOptions) -> Result:
-    """The result of a case that no worker answered for."""
-    axes, command = _cases.parse_id(line.case).axes(), runner.repro(line, options)
-    return Result(line.case, line.op, line.provider, line.op, line.evidence, axes, status, reason, repro=command)
-
-
-def worker_environment(evidence: str) -> dict[str, str]:
-    """Environment of a worker: one thread for each library, and the interpreter switched on before triton is imported."""
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return {**one, "TRITON_INTERPRET": "1" if evidence == "interpreted" else "0"}
-
-
-def default_jobs(evidence: str) -> int:
-    """Workers at once: every core when interpreting; a few when they share one GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16) if evidence == "device" else cores
-
-
-def record(
-    options: RunOptions, judged: gate.Judgement, facts: dict[str, Any], interrupted: bool, command: str = ""
-) -> Record:
-    """The record of judged results; `facts` are its environment, `command` the line that asked for it (else a run's)."""
-    from m3check import __version__
-    from m3check.report import exits
-
-    if judged.facts is not None:
-        facts[GATE] = judged.facts
-    verdict = exits.judge(
-        judged.results,
-        options.kernels,
-        strict=options.strict,
-        require=options.require,
-        interrupted=interrupted,
-        breaches=[breach.sentence for breach in judged.breaches],
-    )
-    return Record(
-        schema_version=SCHEMA_VERSION,
-        tool={"name": "m3check", "version": __version__},
-        arch=options.arch,
-        environment=facts,
-        command=command or options.command,
-        exit=verdict,
-        summary=exits.summarise(judged.results),
-        results=judged.results,
-    )

@@ -186,7 +186,7 @@ def run(
     """
     import msgspec
 
-    from m3check import api
+    from m3check import parent
     from m3check.config import choose
 
     choose("place to judge on", judged_on, ("cpu", "device"))
@@ -199,20 +199,20 @@ def run(
     for text in options.kernels:
         kernels.prepare(kernels.parse_spec(text), options.offline)
     lines = [line for line in runner.plan(options) if line.skip is None and line.evidence == evidence]
-    tasks: dict[api.Group, list[Task]] = {}
+    tasks: dict[parent.Group, list[Task]] = {}
     for task in _tasks(lines, first, last):
-        tasks.setdefault(api.Group(task.line.provider, evidence), []).append(task)
-    jobs = options.jobs or min(6 if (evidence, judged_on) == ("device", "device") else 64, api.default_jobs(evidence))
+        tasks.setdefault(parent.Group(task.line.provider, evidence), []).append(task)
+    jobs = options.jobs or min(6 if (evidence, judged_on) == ("device", "device") else 64, parent.default_jobs(evidence))
     facts = {
-        **api.circumstances(evidence, why, jobs),
+        **parent.circumstances(evidence, why, jobs),
         "judged_on": judged_on if evidence == "device" else "cpu",
         "tier": options.tier if not options.cases else "",
     }
     soak = Soak(arch.name, "", facts, seeds, len(lines) * (last - first + 1))
 
-    def make(group: api.Group) -> isolate.Worker:
-        command = api.worker_command(group.provider, arch.name, evidence, index, options.offline)
-        return isolate.Worker(command, api.worker_environment(evidence))
+    def make(group: parent.Group) -> isolate.Worker:
+        command = parent.worker_command(group.provider, arch.name, evidence, index, options.offline)
+        return isolate.Worker(command, parent.worker_environment(evidence))
 
     def message(task: Task) -> dict[str, Any]:
         repro = f"m3check run --arch {options.arch} --kernels {task.line.provider}"
@@ -225,11 +225,11 @@ def run(
         }
 
     interrupted = False
-    pool: isolate.Pool[api.Group]
+    pool: isolate.Pool[parent.Group]
     with isolate.Pool(jobs, make, max(options.timeout, SECONDS * CHUNK)) as pool:
         try:
             if tasks:
-                facts |= api.introduced(pool.greet(list(tasks)))
+                facts |= parent.introduced(pool.greet(list(tasks)))
             for task, reply in pool.run(tasks, message):
                 _count(soak, task, reply, message(task)["repro"])
                 if progress is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from m3check import api, cases, isolate, kernels, runner
+from m3check import cases, isolate, kernels, parent, runner
 from m3check.arch import ARCHS, present
 from m3check.compiled import figures, findings
 from m3check.compiled.figures import Figures
@@ -29,7 +29,7 @@ def compiled():
         command = {"spec": spec, "arch": arch, "evidence": "compiled", "device": -1, "offline": True}
 
         def make(group: str) -> isolate.Worker:
-            return isolate.Worker(command, api.worker_environment("compiled"))
+            return isolate.Worker(command, parent.worker_environment("compiled"))
 
         with isolate.Pool(1, make, 120.0) as pool:
             [(_, answer)] = pool.run({spec: [line]}, lambda line: {"line": msgspec.to_builtins(line), "repro": ""})

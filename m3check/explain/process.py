@@ -6,8 +6,8 @@ import selectors
 from collections.abc import Callable
 from typing import Any
 
-from m3check import api, isolate, kernels, runner
 from m3check import arch as arches
+from m3check import isolate, kernels, parent, runner
 from m3check.config import RunOptions
 from m3check.types import M3CheckError, PlanLine
 
@@ -28,7 +28,7 @@ class Helper:
         for warning in kernels.prepare(parsed, offline):
             warn(f"m3check: {spec}: {warning}")
         self.arch, self.spec, self.timeout = target.name, spec, timeout
-        self._command = api.worker_command(spec, target.name, self.evidence, device, offline)
+        self._command = parent.worker_command(spec, target.name, self.evidence, device, offline)
         self._worker: isolate.Worker | None = None
 
     def __enter__(self) -> Helper:
@@ -69,7 +69,7 @@ class Helper:
 
     def _started(self) -> isolate.Worker:
         if self._worker is None:
-            self._worker = isolate.Worker(self._command, api.worker_environment(self.evidence))
+            self._worker = isolate.Worker(self._command, parent.worker_environment(self.evidence))
             reply = self._next(self._worker, "hello")
             if isinstance(reply, isolate.Death):
                 self.end()

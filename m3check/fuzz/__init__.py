@@ -17,8 +17,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from m3check import api, cases, gate, isolate, kernels, runner
 from m3check import arch as arches
+from m3check import cases, gate, isolate, kernels, parent, runner
 from m3check.config import Event
 from m3check.explain.process import Helper
 from m3check.report import FILES
@@ -74,8 +74,8 @@ class Fuzz:
         self.seed = secrets.randbelow(2**32) if budget.seed is None else budget.seed
         self.arch = arches.find_arch(options.arch)
         self.evidence, _, why = runner.evidence_for(self.arch)
-        self.jobs = options.jobs or api.default_jobs(self.evidence)
-        self.facts = api.circumstances(self.evidence, why, self.jobs)
+        self.jobs = options.jobs or parent.default_jobs(self.evidence)
+        self.facts = parent.circumstances(self.evidence, why, self.jobs)
         self.searches: dict[tuple[str, str], Search] = {}
         self._gate = gate.Gate(options)
         self._stop = threading.Event()
@@ -101,8 +101,8 @@ class Fuzz:
         try:
             with ExitStack() as stack:
                 first = {text: stack.enter_context(self._helper(text)) for text in dict.fromkeys(self.options.kernels)}
-                hellos = {api.Group(text, self.evidence): helper.hello() for text, helper in first.items()}
-                self.facts |= api.introduced(hellos)
+                hellos = {parent.Group(text, self.evidence): helper.hello() for text, helper in first.items()}
+                self.facts |= parent.introduced(hellos)
                 begun = time.monotonic()
                 for n, (text, helper) in enumerate(first.items(), 1):
                     share = self.budget.seconds * n / len(first)
@@ -119,7 +119,7 @@ class Fuzz:
 
     def record(self, command: str, interrupted: bool) -> Record:
         """What came of it, as a run's record."""
-        return api.record(self.options, gate.Judgement(self.results), self.facts, interrupted, command)
+        return parent.record(self.options, gate.Judgement(self.results), self.facts, interrupted, command)
 
     def _provider(self, text: str, helper: Helper) -> None:
         """Search all ops of one provider."""
@@ -199,7 +199,7 @@ class Fuzz:
             if self._stop.is_set():  # whatever its worker says: it was ended
                 raise _Stopped
         if isinstance(answer, isolate.Death):
-            result = api.without_running(line, Status(answer.kind), answer.reason, self.options)
+            result = parent.without_running(line, Status(answer.kind), answer.reason, self.options)
         else:
             result = msgspec.convert(answer, Result)
         self._done += 1
