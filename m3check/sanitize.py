@@ -2,8 +2,9 @@
 
 Its report is text, a block for each error: what and how wide the access was, the kernel with its source line, the thread,
 and how far the address is from the nearest allocation. Torch's allocator keeps blocks of many tensors, in which a stray
-access is valid, so a sanitized worker gives every tensor an allocation of its own. Graphs cannot be captured then: a
-sanitized run makes the first call of each case and no invariant.
+access is valid, so a sanitized worker gives every tensor an allocation of its own. Allocations stand side by side, so that
+the first element past one is often the first of the next: memcheck is told to leave room between them. Graphs cannot be
+captured then: a sanitized run makes the first call of each case and no invariant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from m3check import isolate
 from m3check.types import RED, Finding, M3CheckError, Result, Status
 
 ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+ROOM = {"memcheck": ["--padding", str(1 << 20)]}
+"""Words for each tool that has such an option: bytes after every allocation that belong to nobody."""
 
 SLOWER = 20.0
 """A case may take this many times its time limit."""
@@ -70,8 +74,8 @@ class Workers:
         """A worker that runs under the tool."""
         self._made += 1
         log = os.path.join(self._folder.name, f"{self._made}.txt")
-        words = [self._program, "--tool", self._tool, "--target-processes", "all", "--show-backtrace", "no",
-                 "--report-api-errors", "no", "--print-limit", "100", "--log-file", log]  # fmt: skip
+        words = [self._program, "--tool", self._tool, "--target-processes", "all", *ROOM.get(self._tool, ()),
+                 "--show-backtrace", "no", "--report-api-errors", "no", "--print-limit", "100", "--log-file", log]  # fmt: skip
         return isolate.Worker({**command, "sanitizer": [log, self._tool]}, {**environment, **ENVIRONMENT}, words)
 
 

@@ -143,6 +143,8 @@ words = sys.argv[1:]
 while words[0].startswith("--"):
     if words[0] == "--log-file":
         open(words[1], "w").write({text!r})
+    if words[0] == "--padding":
+        open({str(folder / "padding")!r}, "w").write(words[1])
     words = words[2:]
 sys.exit(subprocess.run(words, close_fds=True).returncode)
 """
@@ -169,6 +171,7 @@ def test_a_run_under_it(tmp_path, monkeypatch, text, statuses):
     assert not {f.check for r in record.results for f in r.findings} & {"repeat", "poison", "strides"}
     assert record.environment["sanitize"] == "memcheck"
     assert "--sanitize memcheck" in record.command
+    assert int((tmp_path / "padding").read_text()) >= 1 << 16  # or the next allocation begins where one ends
 
 
 def test_a_worker_whose_gpu_is_lost_gets_no_further_case():
