@@ -74,8 +74,9 @@ class Workers:
         """A worker that runs under the tool."""
         self._made += 1
         log = os.path.join(self._folder.name, f"{self._made}.txt")
-        words = [self._program, "--tool", self._tool, "--target-processes", "all", *ROOM.get(self._tool, ()),
-                 "--show-backtrace", "no", "--report-api-errors", "no", "--print-limit", "100", "--log-file", log]  # fmt: skip
+        words = [self._program, "--tool", self._tool, *ROOM.get(self._tool, ()), "--target-processes", "all",
+                 "--show-backtrace", "no", "--report-api-errors", "no", "--print-limit", "100",
+                 "--log-file", log]  # fmt: skip
         return isolate.Worker({**command, "sanitizer": [log, self._tool]}, {**environment, **ENVIRONMENT}, words)
 
 
