@@ -278,6 +278,26 @@ def test_padded_catches_a_dead_row_that_moves_its_neighbours():
     caught(padded, "index_decode", "index_decode/q=1x2,kv=2305+1800,h=2,d=64,topk=4", "padded", says="length 0")
 
 
+@pytest.mark.parametrize(
+    ("op", "result", "spoil", "says"),
+    [
+        ("index_decode", None, lambda ids: ids.zero_(), "no query saw a token: ids"),
+        ("sparse_attn_decode", "output", lambda out: out.fill_(1), "no query saw a token: dead_row"),
+        ("sparse_attn_decode", "output", lambda out: out.fill_(float("nan")), "no query saw a token: dead_row"),
+    ],
+)
+def test_all_padded_looks_at_the_rows_of_a_batch_that_sees_nothing(op, result, spoil, says):
+    @like(op)
+    def wrong(**arguments):
+        given = right.RIGHT[op](**arguments)
+        if not arguments["seq_lens"].any():
+            spoil(given if result is None else arguments[result])
+        return given
+
+    case = {"index_decode": "index_decode/q=1x2,kv=1305+700,h=2,d=64,topk=4", "sparse_attn_decode": ATTEND}[op]
+    caught(wrong, op, case, "all_padded", says=says)
+
+
 def test_chunked_catches_a_prefix_that_is_ignored():
     @like("index_score")
     def no_prefix(prefix_lens, **arguments):
