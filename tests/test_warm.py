@@ -149,7 +149,7 @@ for text in sys.argv[1:]:
 """
 
 
-def test_our_kernels_of_other_families_stay_warm_and_our_insert_is_named():
+def test_our_kernels_of_other_families_stay_warm_and_our_decode_attention_is_named():
     """Real specialisations of a target that is not here, captured and not compiled."""
     ids = [
         "mla_sparse/q=3+2,kv=150+70,h=1,d=576,topk=64",
@@ -157,17 +157,19 @@ def test_our_kernels_of_other_families_stay_warm_and_our_insert_is_named():
         "mqa_logits/q=5+3,kv=130+9,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
         "paged_mqa_logits/q=2x4,kv=131+64+0+65,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
         "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4",
+        "sparse_attn_decode/q=1x3,kv=2305+0+640",
     ]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", CAPTURED, *ids], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    *warm, insert = (json.loads(line) for line in done.stdout.splitlines())
-    assert warm == [[["passed", ""]]] * 4
-    [[status, hint]] = insert
+    *warm, attention = (json.loads(line) for line in done.stdout.splitlines())
+    assert warm == [[["passed", ""]]] * 5
+    [[status, hint]] = attention
     assert status == "noted"
-    assert "tokens is the constant 1, was i32" in hint
+    assert "16 queries of 16 requests" in hint
+    assert "SHARE is the constant 2, was the constant 1" in hint
 
 
 @pytest.mark.parametrize("text", [CASE, "index_decode/q=1x2,kv=2305+0", "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4"])

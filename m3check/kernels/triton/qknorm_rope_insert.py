@@ -8,7 +8,7 @@ from torch import Tensor
 
 from m3check.kernels.triton import tiles
 from m3check.kernels.triton.dequantise import codes
-from m3check.kernels.triton.profile import PROFILE
+from m3check.kernels.triton.profile import STEADY as PROFILE
 from m3check.kernels.triton.quantise import encoded
 from m3check.types import BLOCK
 
@@ -74,7 +74,7 @@ def cell(cache, stride_cp, stride_ch, stride_cs, slots, token, head, PAGE: tl.co
     return at[:, None], (slot >= 0)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def qknorm_rope_insert_kernel(
     qkv, stride_t, cos_sin, stride_p, positions, tokens, eps,
     q_weight, k_weight, iq_weight, ik_weight,
