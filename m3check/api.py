@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check import arch as arches
 from m3check import cases as _cases
-from m3check import dispatch, gate, isolate, journal, kernels, parent, power, runner, sanitize
+from m3check import dispatched, gate, isolate, journal, kernels, parent, power, runner, sanitize
 from m3check import invariants as _invariants
 from m3check.compiled.report import told_once
 from m3check.report import FILES
@@ -162,7 +162,7 @@ def run(options: RunOptions | None = None, /, **flags: Any) -> Record:
     facts["seconds"] = round((datetime.datetime.now(datetime.UTC) - started).total_seconds(), 1)
     ordered = told_once([results[k] for line in lines if (k := _key(line)) in results])
     facts["power"] = power.summary(ordered)
-    facts["dispatch"] = dispatch.summary(arch.name, ordered, facts.get("providers", {}))
+    facts["dispatch"] = dispatched.summary(arch.name, ordered, facts.get("providers", {}))
     return parent.record(options, gated.judge(ordered, broken=interrupted), facts, interrupted)
 
 

@@ -9,7 +9,7 @@ import pytest
 from fake_fmha_sm100 import Model
 from records import finding, green, record, result
 
-from m3check import dispatch, report
+from m3check import dispatch, dispatched, report
 from m3check.arch import ARCHS
 from m3check.kernels import fmha_sm100
 from m3check.kernels.fmha_sm100 import production
@@ -62,7 +62,7 @@ def test_production_picks_by_target_and_version(arch, version, op, wanted):
 
 def test_no_row_is_without_a_result_or_a_sentence():
     results = [result(**VLLM), result(Status.FAILED, op="index_score", **VLLM), result(op="index_topk")]
-    told = dispatch.summary("sm100", results, {})
+    told = dispatched.summary("sm100", results, {})
     assert all(entry["evidence"] for entry in told)
     by = {(entry["op"], entry["implementation"]): entry["evidence"] for entry in told}
     assert by["index_score", "fmha_sm100 OnlyScore"] == NEEDS
@@ -74,12 +74,12 @@ def test_no_row_is_without_a_result_or_a_sentence():
 def test_results_count_only_where_production_runs_that_implementation():
     narrow = replace(result(op="index_topk", **VLLM), axes={"topk": 8})
     (entry,) = [
-        e for e in dispatch.summary("sm100", [narrow], {}) if e["op"] == "index_topk" and "Triton" in e["implementation"]
+        e for e in dispatched.summary("sm100", [narrow], {}) if e["op"] == "index_topk" and "Triton" in e["implementation"]
     ]
     assert entry["evidence"] == "interpreted: 1 passed"
     wide = replace(narrow, axes={"topk": 16})
     (entry,) = [
-        e for e in dispatch.summary("sm100", [wide], {}) if e["op"] == "index_topk" and "Triton" in e["implementation"]
+        e for e in dispatched.summary("sm100", [wide], {}) if e["op"] == "index_topk" and "Triton" in e["implementation"]
     ]
     assert entry["evidence"].startswith("not run here")
 
@@ -90,20 +90,20 @@ def test_every_row_of_every_target_has_a_result_or_a_sentence(arch, providers):
     results = [
         result(op=op, provider=each) for op in ("index_score", "sparse_pa_table", "mla_sparse") for each in providers
     ]
-    for entry in dispatch.summary(arch, results, {}):
+    for entry in dispatched.summary(arch, results, {}):
         assert entry["evidence"].startswith(("not run here", "interpreted: 1 passed")), entry
     lines = [PlanLine(f"{r.op}/q=1,kv=1", r.op, r.provider, "interpreted") for r in results]
-    for op, name, _, would in dispatch.planned(arch, lines, lambda case: {}):
+    for op, name, _, would in dispatched.planned(arch, lines, lambda case: {}):
         assert would, (op, name)
 
 
 def test_results_of_another_provider_are_about_the_row_that_names_it():
     mine = [replace(result(op="index_score", provider="fmha_sm100"), axes={"topk": 16}), result(op="index_topk", **VLLM)]
-    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", mine, {})}
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatched.summary("sm100", mine, {})}
     assert by["index_score", "fmha_sm100 OnlyScore"] == "interpreted: 1 passed"
     assert by["index_topk", "fmha_sm100 sparse_topk_select"] == NEEDS
     device = replace(result(op="index_topk", **VLLM), kernel="sparse_topk_select", axes={"topk": 16})
-    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", [device], {})}
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatched.summary("sm100", [device], {})}
     assert by["index_topk", "fmha_sm100 sparse_topk_select"] == "interpreted: 1 passed"
     assert by["index_topk", "Triton (common)"].startswith("not run here")
 
@@ -111,7 +111,7 @@ def test_results_of_another_provider_are_about_the_row_that_names_it():
 def test_what_an_installed_vllm_runs_by_msa_is_not_counted_for_triton():
     device = {"evidence": "device", **VLLM}
     runs = [result(op="index_score", kernel=name, **device) for name in ("fmha_sm100 OnlyScore", "minimax_m3_index_score")]
-    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", runs, {})}
+    by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatched.summary("sm100", runs, {})}
     assert by["index_score", "fmha_sm100 OnlyScore"] == by["index_score", "Triton (common)"] == "device: 1 passed"
 
 
@@ -120,7 +120,7 @@ def test_kernels_that_are_msas_are_known_by_their_names():
     names = [kernel.name for kernel in fmha_sm100.adapted(model, "vllm")[0].values()]
     for name in (*names, production.TRITON_SCORED):
         result_ = result(op="sparse_attn", kernel=name, **VLLM)
-        by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatch.summary("sm100", [result_], {})}
+        by = {(e["op"], e["implementation"]): e["evidence"] for e in dispatched.summary("sm100", [result_], {})}
         assert by["sparse_attn", "fmha_sm100 sparse_atten_func"] == "interpreted: 1 passed", name
 
 
@@ -129,7 +129,7 @@ def test_a_kernel_of_a_pull_request_is_known_by_its_function():
         made = replace(result(op="mla_sparse", provider="vllm:../vllm"), kernel=kernel)
         return [
             e["evidence"]
-            for e in dispatch.summary("sm80", [made], {"vllm:../vllm": {"version": "0.33.0"}})
+            for e in dispatched.summary("sm80", [made], {"vllm:../vllm": {"version": "0.33.0"}})
             if e["op"] == "mla_sparse"
         ]
 
@@ -145,19 +145,19 @@ def test_a_plan_says_what_it_has_of_production():
         PlanLine(case, "index_topk", "vllm==0.33.0", "interpreted"),
         PlanLine("index_score/q=1,kv=1", "index_score", "vllm==0.33.0", "interpreted", "no fp8 here"),
     ]
-    told = {(op, name): would for op, name, _, would in dispatch.planned("sm90", lines, lambda case: {"topk": 16})}
+    told = {(op, name): would for op, name, _, would in dispatched.planned("sm90", lines, lambda case: {"topk": 16})}
     assert told["index_topk", "Triton (common)"] == "1 cases"
     assert told["index_score", "Triton (common)"] == "no fp8 here"
-    there = dispatch.planned("sm100", lines, lambda case: {"topk": 16})
+    there = dispatched.planned("sm100", lines, lambda case: {"topk": 16})
     needs = {(op, name): would for op, name, _, would in there}
     assert needs["index_topk", "fmha_sm100 sparse_topk_select"] == NEEDS
-    told = {(op, name): would for op, name, _, would in dispatch.planned("sm90", [], lambda case: {})}
+    told = {(op, name): would for op, name, _, would in dispatched.planned("sm90", [], lambda case: {})}
     assert told["index_topk", "Triton (common)"] == "no provider vllm is named"
 
 
 def test_a_skip_is_told_by_its_sentence():
     skipped = result(Status.SKIPPED, reason="Triton compiles no fp8 here", **VLLM)
-    told = dispatch.summary("sm90", [skipped], {})
+    told = dispatched.summary("sm90", [skipped], {})
     assert {e["evidence"] for e in told if e["op"] == "sparse_attn"} == {"not run here: Triton compiles no fp8 here"}
 
 
@@ -172,7 +172,7 @@ def test_a_skip_is_told_by_its_sentence():
     ],
 )
 def test_the_version_comes_from_the_provider(provider, said, wanted):
-    told = dispatch.summary("sm90", [result(provider=provider)], said)
+    told = dispatched.summary("sm90", [result(provider=provider)], said)
     assert {entry["version"] for entry in told} == {wanted}
 
 
@@ -250,7 +250,7 @@ def test_a_merge_works_out_anew_what_production_runs(tmp_path, capsys):
     parts = [result(**VLLM), result(op="sparse_attn_decode", **VLLM)]
     for i, each in enumerate(parts, 1):
         told = record(each, command=command.format(i))
-        told = replace(told, environment={**told.environment, "dispatch": dispatch.summary("sm100", [each], {})})
+        told = replace(told, environment={**told.environment, "dispatch": dispatched.summary("sm100", [each], {})})
         (tmp_path / f"{i}.json").write_text(jsonfile.dumps(told))
     assert cli.main(["merge", str(tmp_path / "1.json"), str(tmp_path / "2.json")]) == 0
     merged = jsonfile.loads(capsys.readouterr().out)

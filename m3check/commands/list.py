@@ -16,7 +16,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Print the plan; exits 5 where a run would have nothing to run, 1 where none of it is the required evidence."""
     choose("format", arguments.format, ("table", "json"))
     options = options_of(arguments)
-    from m3check import api, cases, dispatch
+    from m3check import api, cases, dispatched
 
     lines = api.plan(options)
     if arguments.format == "json":
@@ -30,9 +30,9 @@ def main(arguments: argparse.Namespace) -> int:
         ]
         headers = ["op", "provider", "evidence", "case", "invariants", "skipped because"]
         emit(tabulate(rows, headers=headers, tablefmt="plain", disable_numparse=True))
-        dispatched = dispatch.planned(options.arch, lines, lambda case: cases.parse_id(case).axes())
+        production = dispatched.planned(options.arch, lines, lambda case: cases.parse_id(case).axes())
         heads = ["op", f"on {options.arch} production runs", "when", "of which this plan has"]
-        emit(f"\n{tabulate(dispatched, headers=heads, tablefmt='plain', disable_numparse=True)}")
+        emit(f"\n{tabulate(production, headers=heads, tablefmt='plain', disable_numparse=True)}")
     skipped = sum(line.skip is not None for line in lines)
     due = [line for line in lines if line.skip is None]
     code, nothing = (0, "") if due else (5, "; nothing would run")

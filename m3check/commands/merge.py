@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _judged(records: Sequence[Record], arguments: argparse.Namespace) -> Record:
     """The merged record, by the strictest of the merged commands; a part that broke off or is lost is never made good."""
-    from m3check import dispatch, power
+    from m3check import dispatched, power
     from m3check.gate import Gate, tier_cases
     from m3check.report.merge import merge, results_of
     from m3check.report.tally import GATE
@@ -82,7 +82,7 @@ def _judged(records: Sequence[Record], arguments: argparse.Namespace) -> Record:
     facts = record.environment
     facts[MERGED] = [command for each in records for command in _commands(each)]
     facts["power"] = power.summary(judged.results)  # of the merged cases, not the sum of what overlaps
-    facts["dispatch"] = dispatch.summary(record.arch, judged.results, facts.get("providers", {}))
+    facts["dispatch"] = dispatched.summary(record.arch, judged.results, facts.get("providers", {}))
     facts.pop(GATE, None)
     if gate.options.strict:
         facts["strict"] = True  # the command does not say so
