@@ -190,22 +190,22 @@ INVARIANTS: tuple[Invariant, ...] = (
               "tokens whose weight underflows", "content.future"),
     Invariant("neighbours", SINGLE | INSERT | LOGITS, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
-    Invariant("batch_order", SINGLE | INSERT | LOGITS, _unlike, "state carried from one request to the next; fixed places "
-              "in a batch", "one order in which all is right", "batch.order"),
+    Invariant("batch_order", SINGLE | MIXED | INSERT | LOGITS, _unlike, "state carried from one request to the next; fixed "
+              "places in a batch", "one order in which all is right", "batch.order"),
     Invariant("head_order", SINGLE - LISTED | INSERT | LOGITS, _heads, "heads that are treated by their place",
               "gqa lanes within a KV head", "batch.heads"),
-    Invariant("alone", EVERY | INSERT | LOGITS, _several, "results that depend on the other requests", "batches of one",
-              "batch.alone"),
+    Invariant("alone", EVERY | MIXED | INSERT | LOGITS, _several, "results that depend on the other requests",
+              "batches of one", "batch.alone"),
     Invariant("padded", DECODE | LOGITS, _live_rows, "padded rows (length 0) that change the rows of others",
               "what stands in the padded rows", "batch.padded"),
     Invariant("all_padded", DECODE | LOGITS, _live_rows, "what padded rows hold where no row of the batch is live",
               "one length of a batch", "batch.all_padded"),
     Invariant("empty", SINGLE | INSERT | LOGITS | PAGE_TABLES, _always, "a batch without any query: a division by zero, "
               "another shape", "batches with a query", "batch.empty", evidence=INTERPRETED),
-    Invariant("chunked", PREFILL | {"mqa_logits"}, _draft, "a prefix taken for queries; chunk boundaries inside a block",
-              "boundaries at other places", "routes.chunked", calls=2),
-    Invariant("verify", DECODE | PAGED, _draft, "draft tokens judged otherwise than one by one", "draft lengths not tried",
-              "routes.verify"),
+    Invariant("chunked", PREFILL | MIXED | {"mqa_logits"}, _draft, "a prefix taken for queries; chunk boundaries inside a "
+              "block", "boundaries at other places", "routes.chunked", calls=2),
+    Invariant("verify", DECODE | MIXED | PAGED, _draft, "draft tokens judged otherwise than one by one; of a mixed batch, "
+              "prefilled ones too", "draft lengths not tried", "routes.verify"),
     Invariant("same_as_prefill", frozenset({"index_decode_score", "sparse_attn_decode", "decode"}) | PAGED, _live_rows,
               "decode that answers another question than prefill", "a mistake that both share", "routes.prefill"),
     Invariant("readers", INSERT, _stored, "a reader that multiplies what was stored, told no scale or a scale of 1",

@@ -352,6 +352,84 @@ class KeepsTheSplit(Composed):
         return min(self._split, batch.requests)
 
 
+class PrefixesBehindTheFirst(Shifted):
+    """Takes it that a batch has a decoded request: prefix lengths of prefilled ones begin behind the first row."""
+
+    change = ("index", "main")
+
+    def changed(self, metadata, batch):
+        if metadata.prefill is None:
+            return metadata
+        first = max(metadata.num_decodes, 1)
+        prefixes = self._prefix[first : first + metadata.num_prefills]
+        return dataclasses.replace(metadata, prefill=dataclasses.replace(metadata.prefill, prefix_lens=prefixes))
+
+
+class FirstIsLongest(Shifted):
+    """Scores no more blocks than the first decoded request has."""
+
+    change = ("index", "main")
+
+    def changed(self, metadata, batch):
+        if metadata.decode is None:
+            return metadata
+        longest = int(batch.seq_lens_host[0])
+        return dataclasses.replace(metadata, decode=dataclasses.replace(metadata.decode, max_seq_len=longest))
+
+
+class WholeBlocks(Shifted):
+    """Counts a prefix in whole blocks."""
+
+    change = ("index", "main")
+
+    def changed(self, metadata, batch):
+        if metadata.prefill is None:
+            return metadata
+        prefixes = self._prefix[metadata.num_decodes : batch.requests]
+        prefixes.copy_(prefixes // 128 * 128)
+        return dataclasses.replace(metadata, prefill=dataclasses.replace(metadata.prefill, prefix_lens=prefixes))
+
+
+class BeforeItsOwnToken(Composed):
+    """Lets a single query attend to what was there before it."""
+
+    def forward(self, metadata, tensors):
+        def earlier(held):
+            if held.decode is None or held.decode.decode_query_len > 1:
+                return held
+            lengths = (held.decode.seq_lens - 1).clamp(min=1)
+            return dataclasses.replace(held, decode=dataclasses.replace(held.decode, seq_lens=lengths))
+
+        return super().forward((metadata[0], earlier(metadata[1])), tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "name"),
+    [
+        (PrefixesBehindTheFirst, "indexer/q=1+2,kv=300+390,h=1,g=1,d=16,topk=2", "alone"),
+        (FirstIsLongest, "indexer/q=1x2,kv=390+129,h=1,g=1,d=16,topk=2", "batch_order"),
+        (WholeBlocks, "indexer/q=1+4,kv=300+132,h=1,g=1,d=16,topk=1", "chunked"),
+        (BeforeItsOwnToken, "indexer/q=2+4,kv=300+260,h=1,g=1,d=16,topk=2,mq=2", "verify"),
+    ],
+)
+def test_what_only_another_company_or_another_route_shows(kind, text, name):
+    assert result(text, invariants=(name,)).status is Status.PASSED
+    assert result(text, kind).status is Status.PASSED
+    assert list(red(result(text, kind, invariants=(name,)))) == [name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["indexer/q=2x2+1+2,kv=129+0+130+131,h=1,g=1,d=16,topk=1,mq=4", "indexer/q=2x2,kv=1+131,h=1,g=1,d=16,topk=1,mq=4"],
+)
+def test_right_host_code_gives_the_same_in_other_company_and_by_other_routes(text):
+    """A prefilled request becomes a decoded one when another order, or a chunk, makes it as long as those."""
+    names = ("alone", "batch_order", "chunked", "verify")
+    told = result(text, invariants=names)
+    assert told.status is Status.PASSED, (told.reason, red(told))
+    assert set(names) <= {finding.check for finding in told.findings}
+
+
 @pytest.mark.parametrize(("kind", "text", "name"), [(HostLengths, DECODES, "stale"), (KeepsTheSplit, MIXED, "steps")])
 def test_what_only_another_batch_shows(kind, text, name):
     assert result(text, kind).status is Status.PASSED

@@ -35,7 +35,10 @@ def chunked(trial: Trial) -> list[Finding]:
 
 
 def verify(trial: Trial) -> list[Finding]:
-    """Every query token as a request of its own with one query: what decoding token by token would have given."""
+    """Every query token as a request of its own with one query: what decoding token by token would have given.
+
+    Of a mixed batch the prefilled ones too, so that prefill and decode of a token must agree.
+    """
     parts = [Part.up_to(r, i, i + 1) for r in trial.inputs.case.requests() for i in range(r.query_len)]
     inputs, rows = assembled(trial.inputs, parts)
     run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
