@@ -18,8 +18,6 @@ from m3check.types import ROPE
 __all__ = ["PROFILE", "mla_sparse", "warm_up"]
 
 LN2 = tl.constexpr(math.log(2))
-DECODED = 16
-"""Queries of the batch on which lists in parts are timed."""
 
 
 @triton.autotune(
@@ -122,29 +120,6 @@ def mla_sparse(
     return out, lse
 
 
-def warm_up(
-    q: Tensor,
-    kv: Tensor,
-    indices: Tensor,
-    sm_scale: float,
-    d_v: int,
-    output: Tensor | None = None,
-    lse_out: Tensor | None = None,
-) -> None:
-    """Before serving: compile all that calls with these heads, topk and dtypes need, and time what they may take.
-
-    The arguments are those of a call, best of the largest batch, whose results it leaves behind. Batches of any other size
-    compile and measure nothing from then on. Raises ValueError for a batch without a query.
-    """
-    if not len(q):
-        raise ValueError("a warm-up needs a query")
-    out, lse = mla_sparse(q, kv, indices, sm_scale, d_v, output, lse_out)
-    with tuning.measuring(mla_sparse_kernel):
-        _launch(q, kv, indices, sm_scale, out, lse, 1)
-        few = min(len(q), DECODED)
-        _launch(q[:few], kv, indices[:few], sm_scale, out[:few], lse[:few], max(2, tiles.splits(few, 8)))
-
-
 def _launch(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, out: Tensor, lse: Tensor, most: int) -> None:
     """Fill `out` and `lse`, each list in `most` parts at most."""
     tokens, heads, dim = q.shape
@@ -172,3 +147,7 @@ def _launch(q: Tensor, kv: Tensor, indices: Tensor, sm_scale: float, out: Tensor
             sums, tops, totals, rows, out, *out.stride(), heads, parts, tile, d_v, num_warps=4
         )
         merge_lse_kernel[(triton.cdiv(rows, 64),)](tops, totals, rows, lse, *lse.stride(), heads, parts, 64, num_warps=1)
+
+
+warm_up = tuning.warm_up(mla_sparse, _launch, mla_sparse_kernel)
+"""For a server, before it serves; see there."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 from m3check.kernels.triton import tiles
@@ -52,3 +53,35 @@ def measuring(kernel: Any) -> Iterator[None]:
         yield
     finally:
         _measuring = False
+
+
+DECODED = 16
+"""Queries of the batch on which lists in parts are timed."""
+
+
+def warm_up(call: Callable[..., tuple[Tensor, Tensor]], launch: Callable[..., None], kernel: Any) -> Callable[..., None]:
+    """The warm-up of latent attention: made of its function, of what launches lists in parts, and of the tuned kernel."""
+
+    def warm_up(
+        q: Tensor,
+        kv: Tensor,
+        indices: Tensor,
+        sm_scale: float,
+        d_v: int,
+        output: Tensor | None = None,
+        lse_out: Tensor | None = None,
+    ) -> None:
+        """Before serving: compile all that calls with these heads, topk and dtypes need, and time what they may take.
+
+        The arguments are those of a call, best of the largest batch, whose results it leaves behind. Batches of any other
+        size compile and measure nothing from then on. Raises ValueError for a batch without a query.
+        """
+        if not len(q):
+            raise ValueError("a warm-up needs a query")
+        out, lse = call(q, kv, indices, sm_scale, d_v, output, lse_out)
+        with measuring(kernel):
+            launch(q, kv, indices, sm_scale, out, lse, 1)
+            few = min(len(q), DECODED)
+            launch(q[:few], kv, indices[:few], sm_scale, out[:few], lse[:few], max(2, tiles.splits(few, 8)))
+
+    return warm_up
