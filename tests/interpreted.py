@@ -349,6 +349,19 @@ def scalar_index():
     return differs("a loop", out, [10])
 
 
+@triton.jit
+def wide(out, n: tl.int64, small: tl.int16, plain):
+    tl.store(out, n * plain)
+    tl.store(out + 1, small)
+    tl.store(out + 2, plain * plain)
+
+
+def annotated_arguments():
+    out = torch.zeros(3, dtype=torch.int64)
+    wide[(1,)](out, 1 << 20, small=7, plain=(1 << 20) + 1)
+    return differs("arguments of a named type", out, [(1 << 40) + (1 << 20), 7, (1 << 21) + 1])
+
+
 def boolean_arguments():
     out = torch.zeros(2, dtype=torch.int32)
     flag[(1,)](True, out[:1])
@@ -511,6 +524,7 @@ def watchers_see_addresses():
 DEFECTS = {
     "scalar index": [scalar_index],
     "boolean arguments": [boolean_arguments],
+    "annotated arguments": [annotated_arguments],
     "fnuz types": [fnuz_types],
     "masks": [masks],
     "bf16 rounding": [bf16_rounding],

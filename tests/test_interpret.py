@@ -27,6 +27,7 @@ TORCH = {
 REPAIRS = [
     "scalar index",
     "boolean arguments",
+    "annotated arguments",
     "fnuz types",
     "masks",
     "bf16 rounding",

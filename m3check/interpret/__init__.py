@@ -53,6 +53,7 @@ def _repairs(
     return [
         ("scalar index", probes.scalar_index, launch.repair_scalar_index),
         ("boolean arguments", probes.boolean_arguments, launch.repair_boolean_arguments),
+        ("annotated arguments", probes.annotated_arguments, launch.repair_annotated_arguments),
         ("fnuz types", probes.fnuz_types, launch.repair_fnuz_types),
         ("masks", probes.masks, memory.repair_masks),
         ("bf16 rounding", probes.bf16_rounding, lambda: arithmetic.repair_conversions("bf16")),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.language.extra import cuda
-from triton.runtime import autotuner
+from triton.runtime import autotuner, jit
 from triton.runtime import interpreter as base
 
 from m3check.interpret import language
@@ -56,6 +56,43 @@ def repair_boolean_arguments() -> None:
         return original(arg)
 
     base._implicit_cvt = implicit_cvt
+
+
+_INTEGERS = {
+    f"{sign}{bits}": np.dtype(f"{kind}{bits}") for sign, kind in (("i", "int"), ("u", "uint")) for bits in (8, 16, 32, 64)
+}
+
+
+class _Typed(int):
+    """An integer argument whose type its kernel names: `n: tl.int64`."""
+
+    type: str
+
+
+def repair_annotated_arguments() -> None:
+    """An integer argument has the type that its kernel names, where it names one, and not the narrowest that holds it."""
+    convert, launch = base._implicit_cvt, base.GridExecutor.__call__
+
+    def implicit_cvt(arg: Any) -> Any:
+        if not isinstance(arg, _Typed):
+            return convert(arg)
+        kind = tl.str_to_ty(arg.type, None)
+        return tl.tensor(base.TensorHandle(np.array([int(arg)], dtype=_INTEGERS[arg.type]), kind), kind)
+
+    def typed(name: str, arg: Any, types: Mapping[str, Any]) -> Any:
+        kind = jit._normalize_ty(types[name]) if name in types and type(arg) is int else ""
+        if kind not in _INTEGERS:
+            return arg
+        named = _Typed(arg)
+        named.type = kind
+        return named
+
+    def call(self: Any, *args: Any, **named: Any) -> Any:
+        types = self.fn.__annotations__
+        told = [typed(name, arg, types) for name, arg in zip(self.arg_names, args, strict=False)]
+        return launch(self, *told, *args[len(told) :], **{name: typed(name, arg, types) for name, arg in named.items()})
+
+    base._implicit_cvt, base.GridExecutor.__call__ = implicit_cvt, call
 
 
 waits: list[Callable[[], None]] = []

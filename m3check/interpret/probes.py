@@ -238,6 +238,18 @@ def scalar_index() -> str | None:
     return _differs("range(4)", out, [6])
 
 
+@triton.jit
+def _annotated(n: tl.int64, out):
+    tl.store(out, n * n)
+
+
+def annotated_arguments() -> str | None:
+    """An argument is as wide as the kernel says."""
+    out = torch.empty(1, dtype=torch.int64)
+    _annotated[(1,)](1 << 20, out)
+    return _differs("n * n of an n: tl.int64", out, [1 << 40])
+
+
 def boolean_arguments() -> str | None:
     """True may be passed."""
     out = torch.empty(1, dtype=torch.int32)
