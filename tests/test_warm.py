@@ -13,7 +13,8 @@ import torch
 import torch_kernels as right
 from test_invariants import PROFILE, like, session
 
-from m3check import cases, runner, warm
+from m3check import cases, kernels, runner, warm
+from m3check.arch import ARCHS
 from m3check.types import Kernel, PlanLine, Profile, Status
 
 jit = pytest.importorskip("triton.runtime.jit")
@@ -180,3 +181,15 @@ def test_batches_differ_in_sizes_alone(text):
         assert words.startswith(f"{other.total_queries} queries of {len(other.kv_lens)} requests")
         assert replace(other, query_lens=case.query_lens, kv_lens=case.kv_lens) == case
         assert all(kv >= q > 0 for q, kv in zip(other.query_lens, other.kv_lens, strict=True))
+
+
+def test_a_users_file_has_its_warm_ups_by_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def index_topk(score, cu_seqlens_q, prefix_lens, topk, init_blocks, local_blocks): ...\n"
+        "def index_score(idx_q, index_kv_cache, block_table, cu_seqlens_q, prefix_lens, max_seq_len): ...\n"
+        "def warm_up_index_topk(**_): return 'warm'\n"
+    )
+    loaded = kernels.load(kernels.parse_spec(str(file)), ARCHS["sm90"], "interpreted")
+    assert loaded.kernels["index_topk"].warm_up() == "warm"
+    assert loaded.kernels["index_score"].warm_up is None
