@@ -15,8 +15,8 @@ from test_invariants_device import CASES, PROFILE, replays  # noqa: F401  # a fi
 from m3check import arch, cases, kernels, runner
 from m3check.kernels.locate import locate
 from m3check.mutants import catalogue, controls, launching, measure, processes
+from m3check.mutants.controls import swapped_slots
 from m3check.mutants.sources import edited, sources, wrapped
-from m3check.mutants.wrappers import swapped_slots
 from m3check.types import M3CheckError, PlanLine, Profile, Status
 
 DECODE = CASES[5]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m3check.mutants import wrappers as w
 from m3check.mutants.catalogue import ATTENDING, SCORING, SELECTING, located
 from m3check.mutants.mutant import Mutant, content_key
 from m3check.mutants.sources import Sources
-from m3check.types import Case, Profile
+from m3check.mutants.wrappers import Function, Keywords
+from m3check.types import BLOCK, Case, Profile
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 POLYNOMIAL = '''
 
@@ -40,9 +44,9 @@ _EXP2 = {
 def controls(origin: Sources) -> list[Mutant]:
     """The controls that suit a provider."""
     made = [
-        _around("N1 tied blocks swapped", SELECTING, w.after(w.swapped_ties), origin, profile=_free_ties),
-        _around("N2 another order of ids", ATTENDING, w.given(topk_idx=w.swapped_slots), origin, suits=_plain_lists),
-        _around("N3 pages permuted", (*SCORING, *ATTENDING), w.other_pages, origin, suits=_plain_lists),
+        _around("N1 tied blocks swapped", SELECTING, w.after(swapped_ties), origin, profile=_free_ties),
+        _around("N2 another order of ids", ATTENDING, w.given(topk_idx=swapped_slots), origin, suits=_plain_lists),
+        _around("N3 pages permuted", (*SCORING, *ATTENDING), other_pages, origin, suits=_plain_lists),
     ]
     if origin.name == "triton":
         made += [
@@ -119,3 +123,65 @@ def _polynomial(origin: Sources) -> Mutant:
         )
         replacements.append((file, head, POLYNOMIAL + head))
     return _edited("N2 exp2 by a polynomial", origin, ATTENDING, *replacements)
+
+
+# What they change.
+
+
+def swapped_ties(result: Tensor, keywords: Keywords) -> None:
+    """The last block taken is exchanged for one of equal score that was not."""
+    score: Tensor | None = keywords.get("score", keywords.get("score_out"))
+    starts, prefixes = keywords.get("cu_seqlens_q"), keywords.get("prefix_lens")
+    if score is None:
+        return
+    for head in range(result.shape[0]):
+        for row in range(score.shape[1]):
+            ids = [i for i in result[head, row].tolist() if i >= 0]
+            if starts is not None and prefixes is not None:
+                request = int((starts[1:] <= row).sum())
+                position = int(prefixes[request]) + row - int(starts[request])
+            else:
+                request, query = divmod(row, keywords["decode_query_len"])
+                position = int(keywords["seq_lens"][request]) - keywords["decode_query_len"] + query
+            seen = (position + BLOCK) // BLOCK
+            forced = {*range(keywords["init_blocks"]), *range(seen - keywords["local_blocks"], seen)}
+            free = [i for i in ids if i not in forced]
+            if not free:
+                continue
+            last = free[-1]
+            value = float(score[head, row, last])
+            others = [b for b in range(seen) if b not in ids and b not in forced and float(score[head, row, b]) == value]
+            if others:
+                result[head, row, ids.index(last)] = others[-1]
+
+
+def swapped_slots(keywords: Keywords) -> Tensor:
+    """The first two ids of each list change places, without waiting for a device: another order of summation."""
+    import torch
+
+    ids: Tensor = keywords["topk_idx"]
+    if ids.shape[2] < 2:
+        return ids
+    first, second, others = ids[..., :1], ids[..., 1:2], ids[..., 2:]
+    both = (first >= 0) & (second >= 0)
+    return torch.cat([torch.where(both, second, first), torch.where(both, first, second), others], dim=2)
+
+
+def other_pages(function: Function, keywords: Keywords) -> Any:
+    """The same cache with its pages in another order."""
+    import torch
+
+    name = "kv_cache" if "kv_cache" in keywords else "index_kv_cache"
+    cache: Tensor = keywords[name]
+    pages = cache.shape[0]
+    place = torch.arange(pages - 1, -1, -1, device=cache.device)  # page p moves to pages - 1 - p
+    raw = cache.view(torch.uint8) if cache.element_size() == 1 else cache
+    changed: Keywords = {
+        name: raw[place].view(cache.dtype),
+        "block_table": place.to(torch.int32)[keywords["block_table"].long()],
+    }
+    for scale in ("k_scale", "v_scale"):
+        value = keywords.get(scale)
+        if value is not None and value.dim() == 2:
+            changed[scale] = value.view(value.shape[0], pages, BLOCK)[:, place].reshape(value.shape)
+    return function(**{**keywords, **changed})
