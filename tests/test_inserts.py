@@ -56,14 +56,14 @@ def judge(text, function, world=None, profile=PLAIN):
     """Red findings of a kernel on a case, by check."""
     problem = inputs(text)
     run = contract.call(Kernel("mine", OP, "mine", profile, function), problem, world)
-    setting = checks.Setting(profile=profile, evidence="interpreted")
-    if text not in _expected:
-        _expected[text] = reference.expected(problem)
-    found = checks.compare(problem, run, _expected[text], setting)
+    if (text, profile) not in _judges:
+        _judges[text, profile] = runner.Judge(problem, checks.Setting(profile=profile, evidence="interpreted"))
+    judged = _judges[text, profile]
+    found = judged.named(judged(problem, run))
     return {finding.check: finding for finding in found if finding.status is Status.FAILED}
 
 
-_expected: dict[str, object] = {}
+_judges: dict[object, runner.Judge] = {}
 
 
 # ---- the reference
@@ -299,7 +299,7 @@ WRONG = {  # steps changed, the case that shows it, the check that is red, words
     "eps outside": (WIDE, {"normed": lambda x, w, e: x / (steps.power(x).sqrt() + e) * (1 + w)}, "turned", "eps outside"),
     "eps forgotten": (WIDE, {"normed": lambda x, w, e: steps.normed(x, w, 0)}, "turned", "no eps"),
     "layer norm": (SMALL, {"normed": layer_norm}, "turned", "layer norm"),
-    "sum for mean": (SMALL, {"normed": lambda x, w, e: steps.normed(x, w, e) / 128**0.5}, "turned", ""),
+    "sum for mean": (SMALL, {"normed": lambda x, w, e: steps.normed(x, w, e) / 128**0.5}, "turned", "sum of squares"),
     "interleaved": (SMALL, {"rotated": interleaved}, "turned", "GPT-J"),
     "all channels": (SMALL, {"rotated": on_all}, "turned", "all channels"),
     "the other way": (SMALL, {"rotated": lambda x, c, s: steps.rotated(x, c, -s)}, "turned", "the other way"),
@@ -310,7 +310,7 @@ WRONG = {  # steps changed, the case that shows it, the check that is red, words
     "cut": (SMALL, {"stored": cut}, "turned", ""),
     "key and value swapped": (SMALL, {"insert": swapped}, "inserted", "instead of"),
     "index key not normed": (SMALL, {"normed": not_normed_index_key}, "turned", "no norm"),
-    "the first 256 tokens": (MANY, {"insert": first_tile}, "inserted", ""),
+    "the first 256 tokens": (MANY, {"insert": first_tile}, "inserted", "[insert_unwritten]"),
     "the slot beside": (SMALL, {"insert": late}, "guards", "which no token of the batch has"),
     "skipped into slot 0": (FP8, {"insert": skipping(0)}, "guards", "slot 0"),
     "skipped before the cache": (FP8, {"insert": skipping(-2)}, "guards", "before its first"),
@@ -324,7 +324,7 @@ WRONG = {  # steps changed, the case that shows it, the check that is red, words
 # Kernels that know M3's figures and do not ask for their own.
 WRONG |= {
     "M3's eps": (OTHER, {"normed": lambda x, w, e: steps.normed(x, w, 1e-6)}, "turned", ""),
-    "M3's eps, tiny rows": (f"{WIDE},eps=1e-5", {"normed": lambda x, w, e: steps.normed(x, w, 1e-6)}, "turned", ""),
+    "M3's eps, tiny rows": (f"{WIDE},eps=1e-5", {"normed": lambda x, w, e: steps.normed(x, w, 1e-6)}, "turned", "1e-06"),
     "64 channels of 128": (f"{SMALL},rotary=128", {"rotated": first_64}, "turned", ""),
     "64 channels of 32": (OTHER, {"rotated": on_all}, "turned", ""),
     "M3's angles": (OTHER, {"angles": own_angles}, "turned", ""),

@@ -33,6 +33,8 @@ def kernel(
         for ids in reversed(tiles) if reverse else tiles:
             listed = (ids >= 0) & (ids < len(kv)) if mask else torch.ones_like(ids, dtype=torch.bool)
             k = kv[ids.clamp(0, len(kv) - 1).long(), 0].float().masked_fill(~listed[:, None], 0)
+            if mask == 0 and mask is not False:  # counts, as a token of zeros
+                k = k.masked_fill((ids < 0)[:, None], 0)
             if mask is None:
                 k = kv[ids.clamp(0, len(kv) - 1).long(), 0].float()
             width = kv.shape[-1] if rope else d_v
@@ -76,7 +78,8 @@ def judged(case_id, function, profile=PROFILE):
     inputs = cases.make_inputs(case)
     run = contract.call(Kernel("t", case.op, "mine", profile, function), inputs)
     setting = checks.Setting(profile=profile, evidence="interpreted", arch=ARCHS["sm80"])
-    return run, {f.check: f for f in runner.Judge(inputs, setting)(inputs, run) if f.status is Status.FAILED}
+    judge = runner.Judge(inputs, setting)
+    return run, {f.check: f for f in judge.named(judge(inputs, run)) if f.status is Status.FAILED}
 
 
 RIGHT = {
@@ -97,22 +100,26 @@ def test_right_kernels_pass_in_any_order_and_split(how):
 
 
 WRONG = {
-    "a mask dropped": ("holes", kernel(mask=False), {"lse"}),
-    "-1 read as a row": ("holes", kernel(mask=None), {"lse"}),
-    "a part lost": ("full", kernel(splits=4, lost=1), {"element", "lse"}),
-    "base e taken for 2": ("full", kernel(base=math.log(2)), {"scale", "lse"}),
-    "rotary channels left out": ("full", kernel(rope=False), {"element", "lse"}),
-    "nothing listed in the first tile": ("late", kernel(start=-math.inf), {"finite", "lse"}),
-    "a logsumexp of the other base": ("full", kernel(lse_base=1 / math.log(2)), {"lse"}),
-    "a softmax scale off by two percent": ("full", kernel(base=1.02), {"lse"}),
+    "a mask dropped": ("holes", kernel(mask=False), {"lse"}, "padded_row"),
+    "-1 read as a row": ("holes", kernel(mask=None), {"lse"}, "padded_row"),
+    "-1 read as a token of zeros": ("holes", kernel(mask=0), {"lse"}, "padded_zero"),
+    "a part lost": ("full", kernel(splits=4, lost=1), {"element", "lse"}, "part_lost_2_of_4"),
+    "base e taken for 2": ("full", kernel(base=math.log(2)), {"scale", "lse"}, "scale_base"),
+    "rotary channels left out": ("full", kernel(rope=False), {"element", "lse"}, "rope_lost"),
+    "nothing listed in the first tile": ("late", kernel(start=-math.inf), {"finite", "lse"}, "empty_first_16"),
+    "a logsumexp of the other base": ("full", kernel(lse_base=1 / math.log(2)), {"lse"}, "lse_base"),
+    "a softmax scale off by two percent": ("full", kernel(base=1.02), {"lse"}, ""),
 }
+"""How, and what is known of it: the case that shows it, checks that are red, the hypothesis that names it."""
 
 
 @pytest.mark.parametrize("how", WRONG)
 def test_wrong_kernels_are_refused(how):
-    case, function, names = WRONG[how]
+    case, function, names, like = WRONG[how]
     _, red = judged(CASES[case], function)
     assert names <= set(red), (names, red)
+    first = next(iter(red.values())).hint
+    assert f"[latent_{like}]" in first if like else "[latent_" not in first
     assert names == {"lse"} or {"finite", "element", "scale"} & set(red)
 
 

@@ -63,7 +63,8 @@ def judged(case_id, function):
     inputs = cases.make_inputs(case)
     run = contract.call(Kernel("t", case.op, "mine", Profile(), function), inputs)
     setting = checks.Setting(profile=Profile(), evidence="interpreted", arch=ARCHS["sm80"], dot=FP32)
-    return {f.check: f for f in runner.Judge(inputs, setting)(inputs, run) if f.status is Status.FAILED}
+    judge = runner.Judge(inputs, setting)
+    return {f.check: f for f in judge.named(judge(inputs, run)) if f.status is Status.FAILED}
 
 
 @pytest.mark.parametrize("how", [{}, {"order": -1}, {"dtype": torch.float64}])
@@ -73,12 +74,12 @@ def test_right_kernels_pass_in_any_order(how):
 
 
 WRONG = {
-    "relu missing": ({"relu": False}, "logits", "relu"),
-    "scales dropped": ({"scaled": False}, "logits", "no scale"),
-    "weights dropped": ({"weighted": False}, "logits", "no weights"),
-    "a window too long": ({"shift": 1}, "outside", "off by one"),
-    "a window too short": ({"shift": -1}, "logits", "-inf"),
-    "cells left unwritten": ({"fill": float("nan")}, "outside", "nan"),
+    "relu missing": ({"relu": False}, "logits", "[logits_relu_lost]"),
+    "scales dropped": ({"scaled": False}, "logits", "[logits_scale_lost]"),
+    "weights dropped": ({"weighted": False}, "logits", "[logits_weights_lost]"),
+    "a window too long": ({"shift": 1}, "outside", "(window off by one?); like the window is one token long [logits_next_seen]"),
+    "a window too short": ({"shift": -1}, "logits", "[logits_own_lost]"),
+    "cells left unwritten": ({"fill": float("nan")}, "outside", "[logits_unwritten]"),
 }
 
 
@@ -127,11 +128,11 @@ def test_ci_has_contexts_of_several_tiles_and_empty_windows():
 
 
 WRONG_PAGED = {
-    "rows of next_n shifted": ({"shift": 1}, "logits", "of"),
+    "rows of next_n shifted": ({"shift": 1}, "logits", "[logits_queries]"),
     "scales between the keys": ({"interleaved": True}, "logits", "of"),
     "the draft tokens forgotten": ({"last": 1}, "outside", "off by one"),
-    "scales dropped": ({"scaled": False}, "logits", "no scale"),
-    "relu missing": ({"relu": False}, "logits", "relu"),
+    "scales dropped": ({"scaled": False}, "logits", "[logits_scale_lost]"),
+    "relu missing": ({"relu": False}, "logits", "[logits_relu_lost]"),
     "padded rows left unwritten": ({"fill": 0.0}, "outside", "-inf"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3check.checks import attention, selection
+from m3check.checks import attention, inserted, logits, logsumexp, pages, selection
 from m3check.checks.rowkinds import dead_rows
 from m3check.checks.scores import plain_scores, slack, visible_cells
 from m3check.checks.view import View
@@ -39,6 +39,20 @@ def out_chart(view: View) -> Tensor:
     chart, rows, _ = _attention(view)
     own_row = torch.where(rows > 1, rows, 0)[..., None]
     return torch.maximum(chart, own_row.expand(chart.shape) * (chart == chart.amax(-1, keepdim=True)))
+
+
+def by_output(view: View) -> dict[str, Tensor]:
+    """The chart of every output of an op beside block-sparse attention that is held to a limit: [T, ...] each."""
+    others = {"out": out_chart, "logits": logits.chart, "lse": logsumexp.chart, "pages": pages.chart}
+    found = {name: others[name](view) for name in view.run.outputs if name in others}
+    if "ids" in view.run.outputs:
+        found["ids"] = ids_chart(view).T[..., None]  # [T, H, 1]
+    for name in view.run.outputs:
+        if view.op.family == "insert":
+            found[name] = inserted.chart(view, name)
+        elif name in ("context", "index_keys", "slots"):
+            found[name] = pages.exact_chart(view, name)
+    return found
 
 
 def limits(view: View) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from m3check import paging
-from m3check.checks import mistaken
 from m3check.checks.turning import Emission, Stored, Turned, explained, turned
 from m3check.checks.view import View
 from m3check.types import Finding, Status
@@ -91,8 +90,17 @@ def _worst(view: View, check: str, names: list[str]) -> Finding:
     others = [name for name, each in shares.items() if name != worst and each.numel() and float(each.max()) > 1.0]
     if others:
         hint += f", and some of {', '.join(others)}"
-    like = mistaken.likeness(view, worst, here[worst], told, wrong)
-    return Finding(check, Status.FAILED, measured, 1.0, where, f"{hint}; {like}" if like else hint)
+    return Finding(check, Status.FAILED, measured, 1.0, where, hint)
+
+
+def chart(view: View, name: str) -> Tensor:
+    """[T, heads, D] of how much of its bound each number of one output needs; tokens without a slot need none."""
+    rows = torch.ones(view.case.total_queries, dtype=torch.bool, device=view.device)
+    if name.startswith("cached"):
+        rows = view.problem.more["kept"].to(view.device)
+    found = torch.zeros(view.actual(name).shape, dtype=torch.float64, device=view.device)
+    found[rows] = explained({name: stored(view)[name]}, _rules(view))[name]
+    return found
 
 
 def _place(used: Tensor) -> tuple[int, int, int]:

@@ -51,12 +51,24 @@ def limits(view: View) -> Tensor:
     return result
 
 
+def _errors(view: View) -> tuple[Tensor, Tensor]:
+    """([T, context] |error| of visible logits, the same by its limit)."""
+    actual, expected = view.actual("logits").double(), view.expected["logits"].to(view.device).double()
+    error = (actual - expected).abs().nan_to_num(nan=math.inf).where(visible(view), 0)
+    limit = limits(view)
+    return error, torch.where(error > limit, error / limit.clamp(min=1e-300), error / limit.clamp(min=1e-30))
+
+
+def chart(view: View) -> Tensor:
+    """[T, context] of |error| / limit; infinite where a row sees nothing and yet has a number."""
+    return torch.where(~visible(view) & (view.actual("logits") != -math.inf), math.inf, _errors(view)[1])
+
+
 def check_values(view: View) -> list[Finding]:
     """Every visible logit lies within its bound; NaN and infinities count as infinitely far off."""
     actual, expected = view.actual("logits").double(), view.expected["logits"].to(view.device).double()
     seen, limit = visible(view), limits(view)
-    error = (actual - expected).abs().nan_to_num(nan=math.inf).where(seen, 0)
-    ratio = torch.where(error > limit, error / limit.clamp(min=1e-300), error / limit.clamp(min=1e-30))
+    error, ratio = _errors(view)
     row, token = divmod(int(ratio.argmax()), view.case.context)
     measured, bound = error[row, token].item(), limit[row, token].item()
     where = f"{view.rows.name(row)}, token {token}"
@@ -64,40 +76,7 @@ def check_values(view: View) -> list[Finding]:
         return [Finding("logits", Status.PASSED, measured, bound, where)]
     count = int((error > limit).sum())
     hint = f"{count} of {int(seen.sum())} logits are off, here {actual[row, token]:.6g} for {expected[row, token]:.6g}"
-    return [Finding("logits", Status.FAILED, measured, bound, where, hint + _alike(view, actual, expected, row))]
-
-
-def _alike(view: View, actual: Tensor, expected: Tensor, row: int) -> str:
-    """What the worst row resembles, as the end of a sentence."""
-    seen = visible(view)[row]
-    mine = actual[row, seen]
-    limit = 4 * limits(view)[row, seen] + 2.0**-14 * mine.abs().amax()
-
-    def fits(other: Tensor) -> bool:
-        return bool(((mine - other).abs() <= limit).all())
-
-    problem, case = view.problem, view.case
-    assert problem.idx_q is not None
-    assert problem.idx_k is not None
-    start = int(view.rows.kv_start[row])
-    tokens = slice(start, start + int(seen.sum()))
-    dots = problem.idx_q[row].double() @ problem.idx_k[tokens].double().T
-    scale, weight = problem.more["key_scale"][tokens].double(), problem.more["weights"][row].double()[:, None]
-    guesses = {
-        "no scale was applied": (weight * dots.clamp(min=0)).sum(0),
-        "negative products were not cut off (relu)": (weight * dots * scale).sum(0),
-        "no weights were applied": (dots * scale).clamp(min=0).sum(0),
-        "each scale is that of the token before": (weight * dots.clamp(min=0)).sum(0) * scale.roll(1),
-        "the first head alone was counted": (weight * (dots * scale).clamp(min=0))[0],
-    }
-    for words, other in guesses.items():
-        if fits(other):
-            return f"; as if {words}"
-    for other_row in range(case.total_queries):
-        same = torch.isfinite(expected[other_row, seen]).all()
-        if other_row != row and same and fits(expected[other_row, seen]):
-            return f"; the row holds the logits of {view.rows.name(other_row)}"
-    return ""
+    return [Finding("logits", Status.FAILED, measured, bound, where, hint)]
 
 
 def check_outside(view: View) -> list[Finding]:

@@ -18,15 +18,25 @@ NOTHING = -1e29
 """Natural logarithm of a mass that no merge notices; kernels that mask with a finite number say so of dead rows."""
 
 
-def check_lse(view: View) -> list[Finding]:
-    """Live rows: within the bound of `limits`. Dead rows: -inf, or so far down that it weighs nothing in a merge."""
+def _errors(view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[T, Hq] each: what was given, in bits; which rows are dead; |error|; the same by its limit."""
     actual, expected = view.actual("lse").double(), view.expected["lse"].to(view.device).double()
     actual = actual * (LOG2E if view.setting.profile.lse == "natural" else 1.0)
     dead = dead_rows(view).repeat_interleave(view.case.gqa, 1)
-    limit = limits(view)
     error = (actual - expected).abs().nan_to_num(nan=math.inf).masked_fill(dead, 0)
     error = error.masked_fill(dead & ~(actual < NOTHING), math.inf)
-    ratio = error / limit.clamp(min=1e-300)
+    return actual, dead, error, error / limits(view).clamp(min=1e-300)
+
+
+def chart(view: View) -> Tensor:
+    """[T, Hq] of |error| / limit."""
+    return _errors(view)[3]
+
+
+def check_lse(view: View) -> list[Finding]:
+    """Live rows: within the bound of `limits`. Dead rows: -inf, or so far down that it weighs nothing in a merge."""
+    expected, limit = view.expected["lse"].to(view.device).double(), limits(view)
+    actual, dead, error, ratio = _errors(view)
     worst = int(ratio.argmax())
     row, head = divmod(worst, actual.shape[1])
     measured, bound = error.flatten()[worst].item(), limit.flatten()[worst].item()

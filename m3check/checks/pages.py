@@ -31,11 +31,8 @@ def check_context(view: View) -> list[Finding]:
     return [Finding("context", Status.FAILED, off, 0.0, view.rows.name(row), told)]
 
 
-def check_pages(view: View) -> list[Finding]:
-    """The pages that hold the context: whole ones in any order, the last one in its place; behind them nothing foreign.
-
-    Cells past the context may hold the rest of the query's own block, which a kernel may write whole, or page id 0.
-    """
+def _faults(view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[T] each: other pages before the last one; another last page; a foreign page behind; how many pages there are."""
     actual, wanted, context = view.actual("pages").long(), view.on_own_ids("pages"), view.on_own_ids("context")
     cell = torch.arange(actual.shape[-1], device=actual.device)
     used = (context[:, None] + PAGE - 1) // PAGE
@@ -45,6 +42,29 @@ def check_pages(view: View) -> list[Finding]:
     cut = (last & (actual != wanted)).any(-1)
     own = view.rows.position[:, None].div(BLOCK, rounding_mode="floor")
     behind = ((cell >= used) & (actual != -1) & (actual.div(PAGES, rounding_mode="floor") != own)).any(-1)
+    return moved, cut, behind, used
+
+
+def chart(view: View) -> Tensor:
+    """[T, cells]: infinite in rows of wrong pages, 0 in others."""
+    moved, cut, behind, _ = _faults(view)
+    wrong = (moved | cut | behind)[:, None].expand(view.actual("pages").shape)
+    return torch.where(wrong, torch.inf, 0.0)
+
+
+def exact_chart(view: View, name: str) -> Tensor:
+    """Infinite where an output is not exactly what it should be, 0 elsewhere."""
+    wanted = view.expected[name].to(view.device) if name in view.expected else view.on_own_ids(name)
+    return torch.where(view.actual(name).to(wanted.dtype) != wanted, torch.inf, 0.0)
+
+
+def check_pages(view: View) -> list[Finding]:
+    """The pages that hold the context: whole ones in any order, the last one in its place; behind them nothing foreign.
+
+    Cells past the context may hold the rest of the query's own block, which a kernel may write whole, or page id 0.
+    """
+    actual, wanted = view.actual("pages").long(), view.on_own_ids("pages")
+    moved, cut, behind, used = _faults(view)
     wrong = moved | cut | behind
     if not bool(wrong.any()):
         return [Finding("pages", Status.PASSED, 0.0, 0.0)]

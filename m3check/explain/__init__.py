@@ -30,7 +30,8 @@ class Explanation:
     check: str = ""
     """The first failed check."""
     stage: str = ""
-    """score, select, attend, merge or memory: the first guilty one; empty where nothing fails."""
+    """score, select, attend, merge or memory: the first guilty one; the op itself where it has no stages; empty where
+    nothing fails."""
     stages: list[tuple[str, str]] = field(default_factory=list)
     """(stage, what is to be said of it), in order."""
     findings: list[str] = field(default_factory=list)
@@ -69,11 +70,6 @@ def explain(
     refusal = session.loaded.refuses(case)
     if kernel is None or refusal is not None:
         raise M3CheckError(refusal or f"{line.provider} has no {case.op}")
-    if case.op not in SPARSE:
-        raise M3CheckError(
-            f"m3check explain knows the stages of block-sparse ops only, not of {case.op}; m3check run --case "
-            f"{line.case} tells what its checks find, and m3check shrink makes the case smaller"
-        )
     inputs = runner.inputs_for(kernel, case, session.device)
     told("calling the kernel")
     try:
@@ -87,7 +83,14 @@ def explain(
     red = [finding for finding in trouble.findings if finding.status is Status.FAILED]
     found.status, found.check, found.how = "failed", red[0].check, trouble.how
     found.findings = [_sentence(finding) for finding in red]
-    _stages(found, trouble, width, told)
+    if case.op in SPARSE:
+        _stages(found, trouble, width, told)
+    else:
+        from m3check.explain import outputs
+
+        outputs.fill(found, trouble, width, told)
+        if not found.explained or any(f.check in ABOUT_MEMORY for f in red):
+            _by_invariant(found, trouble)
     if toggled:
         from m3check.explain import toggles
 
@@ -105,6 +108,8 @@ def _sentence(finding: Finding) -> str:
 
 
 def _stage_of(op: str) -> str:
+    if op not in SPARSE:
+        return op
     return STAGE_OF.get(OPS[op].chain[0] if OPS[op].chain else op, "attend")
 
 

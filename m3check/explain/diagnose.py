@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from m3check.explain.stages import Stand
+from m3check.hypotheses.hypothesis import Stage
 from m3check.hypotheses.scene import Scene, Suspect
 from m3check.hypotheses.scores import comparable, forced_cells
-from m3check.hypotheses.side import Stage
 from m3check.hypotheses.suspects import touching
 from m3check.types import Inputs, Outputs
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3check.types import Case
+from m3check.types import SPARSE, Case
 
 WANTED: Mapping[str, frozenset[str]] = {  # row and form: the hypotheses that name it rightly, as a regular family by prefix
     name: frozenset(words.split())
@@ -31,6 +31,7 @@ WANTED: Mapping[str, frozenset[str]] = {  # row and form: the hypotheses that na
         "S9 queries through e4m3": "score_queries_e4m3",
         "S9 index cache of layer 0": "score_layer_first",
         "S9 main cache of layer 0": "layer_first",
+        "S8 one norm for all index heads": "insert_norm_shared",
         "S11 earlier keys of that block lost": "score_chunk_start",
         "T1 two ties at most": "select_ties_2",
         "T1 bins of 20 bits": "select_bins_20",
@@ -86,6 +87,8 @@ SELECTING = ("T", "S3", "S6 the first head's ids", "A7 top-left alignment: index
 def stage_of(name: str, op: str) -> frozenset[str]:
     """The stages that a mutant may rightly be said to fail in; two where its row does both at once."""
     row = name.partition(":")[0]
+    if op not in SPARSE:
+        return frozenset({op})
     if row in MERGING:
         return frozenset({"merge"})
     if op in ("index_score", "index_decode_score"):

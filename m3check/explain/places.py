@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check.explain.pattern import rows_of
 from m3check.explain.stages import Stand
-from m3check.types import BLOCK, SHADES, Kernel, shade
+from m3check.types import BLOCK, SHADES, Case, Kernel, shade
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,7 @@ def worst(stand: Stand, table: Tensor | None) -> list[str]:
         ratio = float(flat[place])
         if ratio <= 1:
             break
-        index = _unravel(place, chart.shape)
+        index = unravel(place, chart.shape)
         given, wanted = float(actual[index]), float(expected[index])
         off = abs(given - wanted)
         limit = float(limits[index])
@@ -55,7 +55,8 @@ def worst(stand: Stand, table: Tensor | None) -> list[str]:
     return lines
 
 
-def _unravel(place: int, shape: Sequence[int]) -> tuple[int, ...]:
+def unravel(place: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """The indices of a place in a flattened tensor."""
     index = []
     for size in reversed(shape):
         place, inner = divmod(place, size)
@@ -112,20 +113,24 @@ def heat(stand: Stand, width: int) -> list[str]:
     chart = stand.wrong.nan_to_num(nan=math.inf, posinf=math.inf)
     stage, case = stand.scene.stage, stand.scene.given.case
     by_head = {"score": lambda: chart.amax(-1).T, "select": lambda: chart.T, "attend": lambda: chart.amax(-1)}[stage]()
+    lines = by_row(case, by_head, "query heads" if stage == "attend" else "index heads", columns := max(8, width - 28))
+    return lines + _blocks(stand, chart, columns) if lines else []
+
+
+def by_row(case: Case, cells: Tensor, name: str, columns: int) -> list[str]:
+    """A line for each row of `cells` [T, n] that is off, in at most so many columns; nothing where none is."""
     rows = rows_of(case)
-    bad = (by_head > 1).any(1).nonzero().flatten().tolist()
+    bad = (cells > 1).any(1).nonzero().flatten().tolist()
     if not bad:
         return []
-    columns = max(8, width - 28)
-    step = max(1, -(-by_head.shape[1] // columns))
-    name = "query heads" if stage == "attend" else "index heads"
-    lines = [f"{'request token':>20}  {name} 0 … {by_head.shape[1] - 1}" + (f", {step} a column" if step > 1 else "")]
+    step = max(1, -(-cells.shape[1] // columns))
+    lines = [f"{'request token':>20}  {name} 0 … {cells.shape[1] - 1}" + (f", {step} a column" if step > 1 else "")]
     for t in bad[:LINES]:
-        cells = [float(by_head[t, i : i + step].max()) for i in range(0, by_head.shape[1], step)]
-        lines.append(f"{rows[t].request.index:>10} {rows[t].position:>9}  {''.join(shade(x) for x in cells)}")
+        parts = [float(cells[t, i : i + step].max()) for i in range(0, cells.shape[1], step)]
+        lines.append(f"{rows[t].request.index:>10} {rows[t].position:>9}  {''.join(shade(x) for x in parts)}")
     if len(bad) > LINES:
         lines.append(f"{'':>20}  … and {len(bad) - LINES} further rows of {len(rows)}")
-    return lines + _blocks(stand, chart, columns)
+    return lines
 
 
 def _blocks(stand: Stand, chart: Tensor, columns: int) -> list[str]:

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from m3check.hypotheses.geometry import positions
+from m3check.hypotheses.hypothesis import Stage
 from m3check.hypotheses.scene import Scene
-from m3check.hypotheses.side import Stage
 from m3check.types import OPS, Finding, Inputs, Kernel, Outputs, Status, blocks
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from m3check.types import OPS, Inputs, M3CheckError, Status, blocks
+from m3check.types import OPS, SPARSE, Inputs, M3CheckError, Status, blocks
 
 if TYPE_CHECKING:
     from m3check.explain.stages import Trouble
@@ -31,7 +31,8 @@ class Toggle:
 def tried(trouble: Trouble, session: Session) -> list[Toggle]:
     """Every toggle that applies, and whether the failure stays."""
     found = []
-    for name, make in _TOGGLES.items():
+    for name in fitting(trouble.inputs.case.op):
+        make = _TOGGLES[name]
         try:
             made = make(trouble, session)
         except M3CheckError as error:
@@ -57,6 +58,16 @@ def _outcome(trouble: Trouble, session: Session, inputs: Inputs, world: World) -
     findings = runner.Judge(inputs, trouble.setting)(inputs, run)
     red = next((finding for finding in findings if finding.status is Status.FAILED), None)
     return (True, "") if red is None else (False, red.check)
+
+
+def fitting(op: str) -> tuple[str, ...]:
+    """The toggles that mean something for an op."""
+    if op in SPARSE:
+        return tuple(_TOGGLES)
+    whole = OPS[op].phase == "mixed" or op in ("index_insert", "page16_rebase")  # a part of the batch is another problem
+    layout = OPS[op].family in ("latent", "logits", "insert")
+    fits = {"contiguous pages": True, "plain layout": layout, "one query a request": not whole, "one request": not whole}
+    return ("called again, eagerly", *(name for name, does in fits.items() if does))
 
 
 Made = tuple[Inputs, "World"] | str

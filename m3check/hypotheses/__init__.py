@@ -9,31 +9,15 @@ counts for nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from m3check.hypotheses import attention, geometry, scores
-from m3check.hypotheses.geometry import Change
-from m3check.hypotheses.side import STAGES, Side, Stage, State
+from m3check.hypotheses import attention, geometry, insert, latent, logits, scores, tables
+from m3check.hypotheses.hypothesis import Hypothesis, Stage, State
+from m3check.hypotheses.side import STAGES, Side
 from m3check.types import OPS
 
-__all__ = ["HYPOTHESES", "Hypothesis", "Side", "State", "named", "touching"]
+__all__ = ["BLOCKS", "HYPOTHESES", "Hypothesis", "Side", "Stage", "State", "named", "touching"]
 
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """One way to be wrong."""
-
-    name: str
-    stage: Stage
-    words: str
-    change: Change
-    gross: bool = False
-    """A case that this changes without the checks seeing it is not to be trusted."""
-    codes: bool = False
-    """Changes the cache's codes and scales; the others change what these mean."""
-
-
-HYPOTHESES: tuple[Hypothesis, ...] = (
+BLOCKS: tuple[Hypothesis, ...] = (
     Hypothesis("score_block_shifted", "score", "a block has the score of the next one", scores.block_shifted, gross=True),
     Hypothesis("score_own_lost", "score", "scores miss the query's own token", geometry.EARLIER),
     Hypothesis("score_next_seen", "score", "scores see one token past the query", geometry.LATER),
@@ -88,17 +72,22 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis("scales_of_head", "attend", "scales of the neighbouring head", attention.scales_of_head, codes=True),
     Hypothesis("dialect", "attend", "keys and values read in the other fp8 dialect", geometry.other_dialect, codes=True),
 )  # fmt: skip
+"""Of block-sparse attention."""
+
+HYPOTHESES = (*BLOCKS, *latent.HYPOTHESES, *logits.HYPOTHESES, *insert.HYPOTHESES, *tables.HYPOTHESES)
 
 ONLY: Mapping[str, Callable[[str], bool]] = {  # hypotheses that need more of an op than their stage
     "score_init_lost": lambda op: op == "index_decode_score",  # elsewhere forcing is the selection's
     "score_local_lost": lambda op: op == "index_decode_score",
     "score_drafts_lost": lambda op: OPS[op].phase == "decode",
     "drafts_lost": lambda op: OPS[op].phase == "decode",
+    "logits_drafts_lost": lambda op: OPS[op].phase == "decode",
+    "table_drafts_lost": lambda op: OPS[op].phase == "decode",
 }
 
 
 def touching(op: str) -> tuple[Hypothesis, ...]:
-    """The hypotheses that an op may fall for, in the order of HYPOTHESES; none are known of other families' ops."""
+    """The hypotheses that an op may fall for, in the order of HYPOTHESES; of some ops none are known."""
     return tuple(h for h in HYPOTHESES if h.stage in STAGES.get(op, ()) and ONLY.get(h.name, bool)(op))
 
 

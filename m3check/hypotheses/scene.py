@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from m3check.hypotheses.side import Stage
+from m3check.hypotheses.hypothesis import Stage
 from m3check.types import Inputs, Outputs, Profile
 
 if TYPE_CHECKING:

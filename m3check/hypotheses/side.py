@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
-from m3check.hypotheses.geometry import Change
+from m3check.hypotheses import insert
+from m3check.hypotheses.hypothesis import Ground, Hypothesis, Stage, State
 from m3check.hypotheses.scores import merits
-from m3check.types import OPS, Inputs, Outputs
+from m3check.types import OPS, SPARSE, Inputs, Outputs, Profile
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Stage = Literal["score", "select", "attend"]
-
-State = Literal["seen", "unseen", "equal", "absent"]
-"""Refused by the checks; not refused; as right as the right answer; nothing to act on."""
 
 STAGES: Mapping[str, Mapping[Stage, str]] = {  # which reference answers for which stage of an op
     "index_score": {"score": "index_score"},
@@ -27,23 +24,14 @@ STAGES: Mapping[str, Mapping[Stage, str]] = {  # which reference answers for whi
     "sparse_attn_decode": {"attend": "sparse_attn_decode"},
     "prefill": {"score": "index_score", "select": "index_topk", "attend": "sparse_attn"},
     "decode": {"score": "index_decode", "select": "index_topk", "attend": "sparse_attn_decode"},
+    "mla_sparse": {"latent": "mla_sparse"},
+    "mqa_logits": {"logits": "mqa_logits"},
+    "paged_mqa_logits": {"logits": "paged_mqa_logits"},
+    "qknorm_rope_insert": {"insert": "qknorm_rope_insert"},
+    "sparse_pa_table": {"table": "sparse_pa_table"},
+    "sparse_pa_table_decode": {"table": "sparse_pa_table_decode"},
+    "index_insert": {"keys": "index_insert"},
 }
-
-
-class Defect(Protocol):
-    """What this file needs of a Hypothesis."""
-
-    @property
-    def stage(self) -> Stage:
-        """Where it acts."""
-
-    @property
-    def change(self) -> Change:
-        """What it does to the inputs."""
-
-    @property
-    def codes(self) -> bool:
-        """Whether to the codes."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +66,28 @@ class Side:
 
     def right_answer(self) -> dict[str, Tensor]:
         """What a kernel without any error but the last rounding gives."""
-        return self._rounded({name: self.right[name] for name in OPS[self.inputs.case.op].outputs})
+        return rounded(self.problem, self.right, Profile())
 
-    def wrong_answer(self, defect: Defect) -> dict[str, Tensor] | None:
+    def wrong_answer(self, defect: Hypothesis) -> dict[str, Tensor] | None:
         """What a kernel that is wrong in one way gives; None where the defect has nothing to act on."""
+        if self.inputs.case.op not in SPARSE:
+            from m3check.paging import World
+
+            made = defect.applied(Ground(self.problem, self.right, self.answer, Profile(), World()))
+            return None if made is None else rounded(made[0], fitted(made[1], self.right), Profile())
+        assert defect.change is not None
         op = OPS[self.inputs.case.op]
         changed = defect.change(self.reads(defect.stage, codes=defect.codes))
         if changed is None:
             return None
-        answer = {
-            name: _fitted(name, x, self.right[name]) for name, x in self.answer(changed).items() if name in self.right
-        }
+        answer = fitted(self.answer(changed), self.right)
         if op.chain and defect.stage != "attend":  # the stages that follow work on what this one gave
             if defect.stage == "score" and "ids" not in answer:
                 answer |= {"ids": self.answer(self.reads("select", scores=answer["score"]))["ids"]}
             answer |= {"out": self.answer(self.reads("attend", ids=answer["ids"]))["out"]}
-        return self._rounded({name: answer.get(name, self.right[name]) for name in op.outputs})
+        return rounded(self.problem, {**self.right, **answer}, Profile())
 
-    def state(self, defect: Defect) -> State:
+    def state(self, defect: Hypothesis) -> State:
         """Whether this case could have seen a defect."""
         wrong = self.wrong_answer(defect)
         if wrong is None:
@@ -111,24 +103,37 @@ class Side:
         right, alike = self.right_answer(), True
         if "ids" in right:
             alike = torch.equal(*(merits(self.reads("select"), x["ids"]) for x in (answer, right)))
-        if stage != "attend":  # attention on another selection is right if the selection is
+        if stage in ("score", "select"):  # attention on another selection is right if the selection is
             right.pop("out", None)
         return alike and all(torch.equal(_bits(answer[n]), _bits(right[n])) for n in right if n != "ids")
 
-    def _rounded(self, outputs: Outputs) -> dict[str, Tensor]:
-        """Outputs as a kernel gives them: fp32 scores, int32 ids, attention in the queries' dtype."""
-        import torch
 
-        query = self.problem.q
-        to = {"score": torch.float32, "ids": torch.int32, "out": query.dtype if query is not None else torch.float32}
-        return {name: x.to(to[name]) for name, x in outputs.items()}
+def rounded(problem: Inputs, outputs: Outputs, profile: Profile) -> dict[str, Tensor]:
+    """The outputs of the op as a kernel gives them that only rounds once: fp32 scores and logits, int32 ids, attention in
+    the queries' dtype, a logsumexp of the promised base, inserts in the dtypes of their buffers.
+    """
+    import torch
+
+    op, query = OPS[problem.case.op], problem.q
+    if op.family == "insert":
+        return insert.given(problem, outputs, profile.emits)
+    fp32 = torch.float32
+    to = {"score": fp32, "logits": fp32, "lse": fp32, "ids": torch.int32, "out": query.dtype if query is not None else fp32}
+    found = {name: outputs[name] for name in op.outputs}
+    if "lse" in found and profile.lse == "natural":
+        found["lse"] = found["lse"] * math.log(2)
+    return {name: x.to(to.get(name, x.dtype)) for name, x in found.items()}
+
+
+def fitted(answer: Outputs, like: Outputs) -> dict[str, Tensor]:
+    """An answer with the columns, slots or channels of another one."""
+    return {name: _fitted(name, x, like[name]) for name, x in answer.items() if name in like}
 
 
 def _fitted(name: str, x: Tensor, like: Tensor) -> Tensor:
-    """Columns, slots or channels brought to the number that the op has."""
     import torch
 
-    missing = like.shape[-1] - x.shape[-1]
+    missing = like.shape[-1] - x.shape[-1] if x.dim() else 0
     if missing < 0:
         return x[..., :missing]
     return torch.nn.functional.pad(x, (0, missing), value=-1 if name == "ids" else -torch.inf) if missing else x

@@ -1,7 +1,7 @@
 """Every named way to be wrong that a diagnosis tries: the hypotheses that measure the cases' power, and many more.
 
-The list is longer than HYPOTHESES, since a case need not have been judged by it: a new line here costs a diagnosis some
-milliseconds, one there a new power table.
+The list is longer than BLOCKS of hypotheses/__init__.py, since a case need not have been judged by it: a new
+line here costs a diagnosis some milliseconds, one there a new power table.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from m3check.hypotheses import HYPOTHESES, Hypothesis, attention, merging, selected
+from m3check.hypotheses import BLOCKS, Hypothesis, attention, merging, selected
 from m3check.hypotheses import inputs as more
 from m3check.hypotheses import memory as misread
 from m3check.hypotheses.geometry import Change
+from m3check.hypotheses.hypothesis import Stage
 from m3check.hypotheses.scene import Scene, Suspect
-from m3check.hypotheses.side import Stage
 from m3check.types import Inputs
 
 __all__ = ["SUSPECTS", "touching"]
@@ -29,6 +29,7 @@ def _changed(name: str, stage: Stage, words: str, change: Change, codes: bool = 
 
 
 def _known(h: Hypothesis) -> Suspect:
+    assert h.change is not None
     return _changed(h.name, h.stage, h.words, h.change, h.codes)
 
 
@@ -54,7 +55,7 @@ _JOINS = (
 )
 
 SUSPECTS: tuple[Suspect, ...] = (
-    *(_known(h) for h in HYPOTHESES),
+    *(_known(h) for h in BLOCKS),
     # scores
     _changed("score_top_left", "score", "queries stand at the start of their request (no prefix)", more.TOP_LEFT),
     _changed("score_whole_blocks", "score", "scores miss the last, partly filled block", more.WHOLE_BLOCKS),

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from m3check import power
 from m3check.runner.calling import summed
-from m3check.types import OPS, Finding, Heat, Inputs, Outputs, Status, Sums
+from m3check.types import OPS, SPARSE, Finding, Heat, Inputs, Outputs, Status, Sums
 
 if TYPE_CHECKING:
     import torch
 
     from m3check import checks
-    from m3check.paging import Run
+    from m3check.explain import likeness
+    from m3check.paging import Run, World
 
 Rule: TypeAlias = Literal["rounded", "folded"]
 
@@ -60,6 +62,27 @@ class Judge:
             return heat.drawn(*self._latest)
         except Exception:
             return None
+
+    def call(self, world: World) -> likeness.Call:
+        """The run that was judged last, to look for what it resembles."""
+        from m3check.explain import likeness
+
+        problem, run, expected, setting, attend = self._latest
+        return likeness.Call(problem, run, expected, setting, world, attend)
+
+    def named(self, findings: list[Finding]) -> list[Finding]:
+        """The findings of the run that was judged last; a red one of an op beside block-sparse attention tells what the
+        outputs resemble, unless trying takes long. A cause that cannot be found costs no verdict.
+        """
+        if not red(findings) or self._own.case.op in SPARSE or not power.asked(self._own.case):
+            return findings
+        from m3check.explain import likeness
+        from m3check.paging import World
+
+        try:
+            return likeness.named(findings, likeness.matches(self.call(World())))
+        except Exception:
+            return findings
 
     def sums(self, run: Run) -> Sums | None:
         """How a call on the case's own inputs added up, which only ops that multiply say."""

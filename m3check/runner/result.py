@@ -74,7 +74,7 @@ def _judge(
     if session.judged_on:
         names, run = (), _moved(run, session.judged_on)
     judge = Judge(inputs, setting)
-    findings = judge(inputs, run)
+    findings = judge.named(judge(inputs, run))
     heat = judge.heat() if session.heat and red(findings) else None
     if names and not red(findings):  # a result that is red already needs no further cause
         findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)

@@ -104,6 +104,21 @@ def rewritten(case: Case) -> frozenset[str]:
     return frozenset(names)
 
 
+def written(case: Case) -> tuple[str, ...]:
+    """Every output of a case, by the names of `take`."""
+    made = {
+        "q": case.queries != "fp8",
+        "q_codes": case.queries in ("fp8", "both"),
+        "k": True,
+        "idx_q": case.layer == "sparse",
+        "idx_k": case.layer == "sparse",
+        "cached_k": case.layer != "dense",
+        "cached_v": case.layer != "dense",
+        "cached_idx_k": case.layer == "sparse",
+    }
+    return tuple(name for name, there in made.items() if there)
+
+
 def physical(inputs: Inputs, world: World) -> Physical:
     """The tensors of one call. Main and index cache have pages of their own, and only those that fresh tokens come into."""
     more, device = inputs.more, inputs.device
