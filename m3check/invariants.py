@@ -16,6 +16,9 @@ from m3check.types import BLOCK, SPARSE, Case, Evidence
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
 
+FEW: Mapping[str, int] = {**COUNT, "smoke": 0, "ci": 1}
+"""Likewise of the selections of AMD's path, whose interpreted call takes a second: their grids are those of a whole GPU."""
+
 PROMISES = frozenset({"far_rows", "far_slots", "apart", "empty", "warm"})
 """Invariants that a kernel need not hold unless its `Profile.bitwise` names them: a finding is noted otherwise."""
 
@@ -143,8 +146,10 @@ def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:
     return lambda case: all(test(case) for test in tests)
 
 
-INDEX = frozenset({"index_score", "index_decode_score", "index_decode"})
-SELECT = frozenset({"index_topk", "index_decode"})
+AMD_DECODE = frozenset({"index_decode_table", "index_decode_cp"})
+AMD_SELECT = AMD_DECODE | {"index_topk_cp"}
+INDEX = frozenset({"index_score", "index_decode_score", "index_decode"}) | AMD_DECODE
+SELECT = frozenset({"index_topk", "index_decode"}) | AMD_SELECT
 LISTED = frozenset({"mla_sparse"})
 """Attention to listed tokens: the list is an input, whatever it names, so nothing is known of the future."""
 LOGITS = frozenset({"mqa_logits", "paged_mqa_logits"})
@@ -154,9 +159,9 @@ CHAINS = frozenset({"prefill", "decode"})
 MIXED = frozenset({"indexer"})
 INSERT = frozenset({"qknorm_rope_insert"})
 PAGE_TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode"})
-TABLES = PAGE_TABLES | {"index_insert"}
+TABLES = PAGE_TABLES | {"index_insert", "page16_rebase"}
 CACHED = INDEX | ATTEND
-SINGLE = CACHED | {"index_topk"}
+SINGLE = CACHED | {"index_topk", "index_topk_cp"}
 EVERY = SINGLE | CHAINS
 PREFILL = frozenset(name for name, op in SPARSE.items() if op.phase == "prefill")
 DECODE = EVERY - PREFILL - LISTED
@@ -169,43 +174,44 @@ INVARIANTS: tuple[Invariant, ...] = (
               {"poison": "garbage"}),
     Invariant("pages", CACHED | CHAINS | MIXED | INSERT | PAGED | TABLES, _pages, "page ids kept; arithmetic on them",
               "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
-    Invariant("strides", EVERY | MIXED | INSERT | LOGITS, _caches, "strides that are assumed, of dimensions of size 1 too",
-              "column strides of block tables, which are 1 everywhere", "memory.physical",
-              {"layout": "other", "odd_strides": True}),
-    Invariant("far_pages", (CACHED - LISTED) | INSERT | PAGED, _live_rows, "32-bit products of page id and stride",
-              "offsets into other tensors", "memory.far_pages"),
+    Invariant("strides", (EVERY | MIXED | INSERT | LOGITS | {"index_insert"}) - {"index_decode_cp"}, _caches, "strides "
+              "that are assumed, of dimensions of size 1 too", "column strides of block tables, which are 1 everywhere",
+              "memory.physical", {"layout": "other", "odd_strides": True}),
+    Invariant("far_pages", (CACHED - LISTED) | INSERT | PAGED | {"index_insert"}, _live_rows, "32-bit products of page id "
+              "and stride", "offsets into other tensors", "memory.far_pages"),
     Invariant("far_slots", LISTED, _live_rows, "32-bit products of a listed token's slot and the stride of slots",
               "offsets into other tensors", "memory.far_slots", tiers=frozenset({"ci", "full"})),
-    Invariant("far_rows", SINGLE | LOGITS | PAGE_TABLES, _rows, "32-bit products of query token and stride, in queries, "
-              "ids, scores and outputs; of a key's row and stride in `mqa_logits`", "offsets of heads", "memory.far_rows"),
+    Invariant("far_rows", (SINGLE - AMD_SELECT) | LOGITS | PAGE_TABLES, _rows, "32-bit products of query token and stride, "
+              "in queries, ids, scores and outputs; of a key's row and stride in `mqa_logits`", "offsets of heads",
+              "memory.far_rows"),
     Invariant("room", INDEX | PAGED | {"decode"}, _live_rows, "lengths beyond the batch's own (max_seq_len, "
               "max_decode_query_len, table width) that enter the result", "limits that are too small", "memory.room"),
-    Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million tokens "
-              "gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
+    Invariant("longest", frozenset({"index_decode"}), _long, "a chunk of many tiles: a graph captured for a million "
+              "tokens gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
     Invariant("own_buffers", SELECT | LISTED | LOGITS | {"index_decode_score"}, _live_rows, "a result that is wrong where "
               "a kernel itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
-    Invariant("apart", SINGLE | LOGITS, _live_rows, "strides of channels, ids and score columns, which are 1 elsewhere",
-              "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
+    Invariant("apart", (SINGLE | LOGITS) - AMD_SELECT, _live_rows, "strides of channels, ids and score columns, which are "
+              "1 elsewhere", "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
     Invariant("future", (CACHED | CHAINS | LOGITS) - LISTED, _draft, "a token after the query's position enters the result",
               "tokens whose weight underflows", "content.future"),
     Invariant("neighbours", SINGLE | INSERT | LOGITS, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
-    Invariant("batch_order", SINGLE | MIXED | INSERT | LOGITS, _unlike, "state carried from one request to the next; fixed "
-              "places in a batch", "one order in which all is right", "batch.order"),
+    Invariant("batch_order", SINGLE | MIXED | INSERT | LOGITS | PAGE_TABLES, _unlike, "state carried from one request to "
+              "the next; fixed places in a batch", "one order in which all is right", "batch.order"),
     Invariant("head_order", SINGLE - LISTED | INSERT | LOGITS, _heads, "heads that are treated by their place",
               "gqa lanes within a KV head", "batch.heads"),
-    Invariant("alone", EVERY | MIXED | INSERT | LOGITS, _several, "results that depend on the other requests",
-              "batches of one", "batch.alone"),
-    Invariant("padded", DECODE | LOGITS, _live_rows, "padded rows (length 0) that change the rows of others",
-              "what stands in the padded rows", "batch.padded"),
+    Invariant("alone", EVERY | MIXED | INSERT | LOGITS | PAGE_TABLES, _several, "results that depend on the other "
+              "requests", "batches of one", "batch.alone"),
+    Invariant("padded", DECODE | LOGITS | {"sparse_pa_table_decode"}, _live_rows, "padded rows (length 0) that change the "
+              "rows of others", "what stands in the padded rows", "batch.padded"),
     Invariant("all_padded", DECODE | LOGITS, _live_rows, "what padded rows hold where no row of the batch is live",
               "one length of a batch", "batch.all_padded"),
     Invariant("empty", SINGLE | INSERT | LOGITS | PAGE_TABLES, _always, "a batch without any query: a division by zero, "
               "another shape", "batches with a query", "batch.empty", evidence=INTERPRETED),
-    Invariant("chunked", PREFILL | MIXED | {"mqa_logits"}, _draft, "a prefix taken for queries; chunk boundaries inside a "
-              "block", "boundaries at other places", "routes.chunked", calls=2),
-    Invariant("verify", DECODE | MIXED | PAGED, _draft, "draft tokens judged otherwise than one by one; of a mixed batch, "
-              "prefilled ones too", "draft lengths not tried", "routes.verify"),
+    Invariant("chunked", PREFILL | MIXED | {"mqa_logits"} | {"sparse_pa_table"}, _draft, "a prefix taken for queries; "
+              "chunk boundaries inside a block", "boundaries at other places", "routes.chunked", calls=2),
+    Invariant("verify", DECODE | MIXED | PAGED | {"sparse_pa_table_decode"}, _draft, "draft tokens judged otherwise than "
+              "one by one; of a mixed batch, prefilled ones too", "draft lengths not tried", "routes.verify"),
     Invariant("same_as_prefill", frozenset({"index_decode_score", "sparse_attn_decode", "decode"}) | PAGED, _live_rows,
               "decode that answers another question than prefill", "a mistake that both share", "routes.prefill"),
     Invariant("readers", INSERT, _stored, "a reader that multiplies what was stored, told no scale or a scale of 1",
@@ -277,7 +283,7 @@ def assign(
             left = [entry for entry in by_op[op] if invariant.fits(entry[2])]
             left.sort(key=lambda entry, name=invariant.name: not suits(name, entry[2]))  # type: ignore[misc]
             seen: set[tuple[str, ...]] = set()
-            for _ in range(min(COUNT[tier], invariant.most)):
+            for _ in range(min((FEW if op in AMD_SELECT else COUNT)[tier], invariant.most)):
                 if not left:
                     break
                 best = next((entry for entry in left if _kind(entry[2]) not in seen), left[0])

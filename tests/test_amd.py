@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
 import m3check
-from m3check import cases, kernels, reference
+from m3check import cases, invariants, kernels, reference, runner
 from m3check.arch import ARCHS
 from m3check.cases import families
 from m3check.checks import pages
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
-from m3check.kernels import contract, vllm_amd
+from m3check.kernels import contract, ours, vllm_amd
+from m3check.kernels.provider import Loaded, Spec
 from m3check.paging import Run
-from m3check.types import ODD_SCORES, OPS, Case, Kernel, M3CheckError, Profile, Status
+from m3check.types import ODD_SCORES, OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Status
 
 TABLE = "sparse_pa_table_decode/q=3x3,kv=1001+2+256,h=1,topk=6"
 HOLES = "sparse_pa_table/q=4+2,kv=900+140,h=1,topk=6,ids=holes,layout=pool"
@@ -141,6 +143,18 @@ def test_the_reference_reads_lists_and_positions_alone():
     assert context.tolist() == [128 + 2, 3]
     assert found[0].tolist() == [*range(16), *[-1] * 8]
     assert found[1].tolist() == [*range(8, 16), *[-1] * 16]
+
+
+def test_what_we_have_no_kernel_for_is_a_sentence_in_a_plan_and_in_a_run():
+    pytest.importorskip("triton")
+    spec, arch = kernels.parse_spec("triton"), ARCHS["gfx950"]
+    loaded = kernels.load(spec, arch, "interpreted")
+    for op in (op for op in OPS.values() if op.family == "amd"):
+        case = next(c for c in map(cases.parse_id, families.listed("smoke")) if c.op == op.name)
+        sentence = ours.refuses(spec, case, arch, "interpreted")
+        assert loaded.refuses(case) == sentence
+        assert (op.name in loaded.kernels) is (sentence is None)
+        assert sentence is None or f"no kernel of its own for {op.name}, a piece of vLLM's path on AMD" in sentence
 
 
 def test_our_own_tables_are_right(tmp_path):
@@ -301,7 +315,9 @@ def fused(mistake=""):
             for b in range(max(0, -(-length // 128))):
                 keys = index_kv_cache[int(block_table[r, b]), : length - 128 * b]
                 last = b >= -(-length // 128) - local_blocks
-                values.append(1e29 if last else float((idx_q[t, 0].float() @ keys.float().T).max()))
+                values.append(
+                    1e29 if last else 1e30 if b < init_blocks else float((idx_q[t, 0].float() @ keys.float().T).max())
+                )
             best = sorted(range(len(values)), key=lambda b: (-values[b], b))[:topk]
             out[0, t, : len(best)] = torch.tensor(best, dtype=torch.int32)
         read = block_table if mistake == "table" else attention_block_table
@@ -312,6 +328,118 @@ def fused(mistake=""):
         return out[:, :rows]
 
     return index_decode_table
+
+
+def held(case, kernel, names, profile=MERGED):
+    """Red findings of a right-looking kernel by invariants, on a case that its comparisons pass."""
+    parsed = cases.parse_id(case)
+    assert set(names) <= set(invariants.fitting(parsed, "interpreted")), "they fit"
+    made = Kernel("user", parsed.op, parsed.op, profile, kernel)
+    loaded = Loaded(Spec("user", "user"), {parsed.op: made})
+    session = runner.Session(ARCHS["gfx950"], "interpreted", "cpu", loaded)
+    line = PlanLine(case, parsed.op, "user", "interpreted", None, tuple(names))
+    result = runner.run_one(parsed, session, line, "")
+    return {f.check for f in result.findings if f.status is Status.FAILED}, {f.check for f in result.findings}
+
+
+def changed(kernel, change):
+    """A kernel whose keywords are changed first, or whose result is."""
+
+    @functools.wraps(kernel)
+    def wrapped(**keywords):
+        after = change(keywords)
+        result = kernel(**keywords)
+        return after(result) if after else result
+
+    return wrapped
+
+
+FUSED = "index_decode_table/q=2x2,kv=400+200,h=1,topk=3"
+SHARED = "index_decode_cp/q=2x2,kv=400+260,h=2,topk=3"
+GIVEN = "index_topk_cp/q=2x2,kv=700+400,h=2,topk=3"
+ROWS = "sparse_pa_table_decode/q=2x2,kv=500+256,h=1,topk=3"
+
+
+@pytest.mark.parametrize("case", [FUSED, SHARED, GIVEN, ROWS, "index_insert/q=4+3,kv=300+140,d=32"])
+def test_right_pieces_hold_every_invariant_that_fits(case):
+    op = case.partition("/")[0]
+    kernel = {
+        "index_decode_table": fused, "index_decode_cp": scored, "index_topk_cp": selects,
+        "sparse_pa_table_decode": table, "index_insert": inserts,
+    }[op]()  # fmt: skip
+    names = invariants.fitting(cases.parse_id(case), "interpreted")
+    red, shown = held(case, kernel, names, MERGED if op.endswith("_cp") else Profile())
+    assert red == set()
+    assert {"repeat", "alone" if op != "index_insert" else "far_pages"} <= shown
+
+
+def keeps(name):
+    """What a keyword was in the first call."""
+    first = {}
+
+    def change(keywords):
+        keywords[name] = first.setdefault(name, keywords[name])
+
+    return change
+
+
+def a_longer_limit(keywords):
+    """The blocks of the limit for those of the request."""
+    if keywords["max_seq_len"] > 5000:
+        keywords["seq_lens"] = keywords["seq_lens"] - 128
+
+
+def padding_counts(keywords):
+    """Where a row is padded, the others see a block less."""
+    if bool((keywords["seq_lens"] == 0).any()):
+        keywords["seq_lens"] = (keywords["seq_lens"] - 128).clamp(min=0)
+
+
+def by_page(keywords):
+    """Pages taken for the first ones where they are high."""
+    if int(keywords["block_table"].max()) > 1 << 16:
+        keywords["block_table"] = keywords["block_table"] % 3
+
+
+def counts_calls():
+    """A result that differs at every second call."""
+    calls = []
+
+    def change(keywords):
+        calls.append(0)
+        return (lambda ids: ids.flip(-1)) if len(calls) == 2 else None
+
+    return change
+
+
+def slot_in_32_bits(keywords):
+    """The offset of a far slot wraps around."""
+    slots, width = keywords["index_slot_mapping"], keywords["index_cache"].shape[-1]
+    wrapped = (slots * width + 2**31) % 2**32 - 2**31
+    keywords["index_slot_mapping"] = slots.where(slots * width < 2**31, wrapped // width)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "name"),
+    [
+        (FUSED, lambda: a_longer_limit, "room"),
+        (FUSED, lambda: by_page, "far_pages"),
+        (FUSED.replace("kv=400", "kv=900"), lambda: keeps("init_blocks"), "other_init"),
+        (SHARED, lambda: a_longer_limit, "room"),
+        (SHARED, lambda: by_page, "far_pages"),
+        (SHARED, lambda: padding_counts, "padded"),
+        (GIVEN, lambda: keeps("local_blocks"), "other_local"),
+        (GIVEN, counts_calls, "repeat"),
+        ("index_insert/q=4+3,kv=300+140,d=32", lambda: slot_in_32_bits, "far_pages"),
+    ],
+)
+def test_wrong_pieces_that_compare_well_do_not_hold_an_invariant(case, change, name):
+    op = case.partition("/")[0]
+    kernel = {
+        "index_decode_table": fused, "index_decode_cp": scored, "index_topk_cp": selects, "index_insert": inserts,
+    }[op]()  # fmt: skip
+    red, _ = held(case, changed(kernel, change()), (name,), MERGED if op.endswith("_cp") else Profile())
+    assert red == {name}
 
 
 def test_a_fused_table_is_judged_on_the_ids_beside_it():
@@ -327,16 +455,46 @@ INSERT = "index_insert/q=9+3,kv=300+5,d=32"
 REBASE = "page16_rebase/q=9+3,kv=300+130"
 
 
+def saturated(key, dtype):
+    largest = torch.finfo(dtype).max
+    return key.float().clamp(-largest, largest).to(dtype)
+
+
+def cut(key, dtype):
+    """Towards zero instead of to nearest."""
+    code = saturated(key, dtype)
+    return torch.where(code.float().abs() > key.float().abs(), code.view(torch.uint8) - 1, code.view(torch.uint8)).view(
+        dtype
+    )
+
+
+def flushed(key, dtype):
+    """Numbers below the smallest normal one lost."""
+    return saturated(key * (key.abs() >= torch.finfo(dtype).smallest_normal), dtype)
+
+
+CODES = {
+    "cut": cut,
+    "flushed": flushed,
+    "NaN past the largest": lambda key, dtype: key.float().where(key.abs() <= 448, torch.nan).to(dtype),
+    "half away": lambda key, dtype: saturated(key.float() * (1 + 2**-12), dtype),
+    "a scale": lambda key, dtype: saturated(key.float() / 1.07, dtype),
+}
+"""Wrong ways to fp8 codes."""
+
+
 def inserts(mistake=""):
     def index_insert(index_k, index_cache, index_slot_mapping):
         for t, slot in enumerate(index_slot_mapping.tolist()):
+            if slot < 0 and mistake == "stops":
+                break
             if slot < 0 and mistake != "padding":
                 continue
             if mistake == "neighbour" and slot % 128 < 127:
                 slot += 1
             key = index_k[t - 1] if mistake == "key" else index_k[t]
             key = -key.abs() if mistake == "sign" else key
-            index_cache[slot // 128, slot % 128] = key.to(index_cache.dtype)
+            index_cache[slot // 128, slot % 128] = CODES.get(mistake, saturated)(key, index_cache.dtype)
 
     return index_insert
 
@@ -358,8 +516,19 @@ def test_keys_are_held_to_their_slots(case):
     assert judged(case, inserts()) == (Status.PASSED, set())
     assert judged(case, inserts("padding"))[1] == {"guards"}
     assert judged(case, inserts("neighbour"))[1] >= {"guards", "index_keys"}
-    for mistake in ("key", "sign"):
+    for mistake in ("key", "sign", "stops"):
         assert judged(case, inserts(mistake))[1] == {"index_keys"}, mistake
+
+
+@pytest.mark.parametrize("mistake", CODES)
+def test_codes_of_wide_keys_are_saturated_and_rounded_to_nearest(mistake):
+    case = "index_insert/q=12,kv=140,d=64,cache=fp8_e4m3fn,fill=wide"
+    assert judged(case, inserts()) == (Status.PASSED, set())
+    assert judged(case, inserts(mistake))[1] == {"index_keys"}
+    keys = cases.make_inputs(cases.parse_id(case)).more["index_k"].float().abs()
+    assert bool((keys > 464).any())
+    assert bool((keys < 2**-10).any())
+    assert bool(((keys.log2() % 1).exp2() * 16 % 2 == 1).any()), "ties between codes"
 
 
 def test_renumbered_slots_and_pages_stand_for_what_they_did():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 
 from m3check.arch import Arch
 from m3check.kernels.contract import SIGNATURES, check_signature
 from m3check.kernels.provider import Loaded, Spec, with_chains
-from m3check.types import Case, Evidence, Kernel, M3CheckError, Profile
+from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, Profile
 
 PACKAGE = "m3check.kernels.triton"
+FOLDER = Path(__file__).parent / "triton"
 
 
 def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
@@ -27,10 +29,11 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
     kernels: dict[str, Kernel] = {}
     missing: dict[str, str] = {}
     for op in SIGNATURES:
-        name = f"{PACKAGE}.{op}"
-        if importlib.util.find_spec(name) is None:
-            missing[op] = f"m3check has no Triton kernel for {op} yet"
+        sentence = _missing(op)
+        if sentence is not None:
+            missing[op] = sentence
             continue
+        name = f"{PACKAGE}.{op}"
         module = importlib.import_module(name)
         function = getattr(module, op)
         check_signature(op, function, name)
@@ -42,5 +45,14 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
-    """Nothing: they take every shape, and decode every fp8 dialect by themselves."""
-    return None
+    """That there is no such kernel; those that there are take every shape, and decode every fp8 dialect by themselves."""
+    return None if OPS[case.op].chain else _missing(case.op)
+
+
+def _missing(op: str) -> str | None:
+    """Why there is no kernel of an op; None where its file is there."""
+    if (FOLDER / f"{op}.py").is_file():
+        return None
+    if OPS[op].family == "amd":
+        return f"m3check has no kernel of its own for {op}, a piece of vLLM's path on AMD: --kernels vllm has it there"
+    return f"m3check has no kernel of its own for {op}"

@@ -140,7 +140,7 @@ def missing(op: str, ops: Path, arch: Arch, version: str) -> str | None:
                 f"vllm {version} has no {name} in {stem.removeprefix('../../') if stem == LIFTED else f'amd/ops/{stem}'}.py"
             )
         if wanted is not None and wanted not in functions[name]:
-            return f"vllm {version}: {name} takes no {wanted}"
+            return f"vllm {version}: {name} takes no {wanted}: it selects, and writes no table"
     return None
 
 

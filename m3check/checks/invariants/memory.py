@@ -94,13 +94,17 @@ def longest(trial: Trial) -> list[Finding]:
     return [trial.same("longest", f"max_seq_len was {MILLION}", run, bitwise=False)]
 
 
+DRAFTING = ("index_decode_score", "index_decode", "index_decode_table")
+"""Ops that are told the longest query of a captured graph."""
+
+
 def room(trial: Trial) -> list[Finding]:
     """Limits as of a graph that was captured for longer requests: max_seq_len, max_decode_query_len, wider tables."""
     case = trial.inputs.case
     longest = max(case.query_lens)
     world = World(
         max_seq_len=case.context + 37 * BLOCK,
-        max_query_len=max(case.max_query_len, 2 * longest) if case.op in ("index_decode_score", "index_decode") else 0,
+        max_query_len=max(case.max_query_len, 2 * longest) if case.op in DRAFTING else 0,
         columns=case.block_columns + 40,
     )
     change = f"max_seq_len was {world.max_seq_len} instead of {max(case.context, 1)}"

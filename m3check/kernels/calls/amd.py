@@ -128,7 +128,7 @@ def physical(
 
 
 def _slots(kernel: Kernel, inputs: Inputs, world: World, pages: Pages) -> Physical:
-    """Tokens at their slots, every fifth without one; a cache of which only those slots may be written, before slot 0 too."""
+    """Tokens at their slots, every fifth without one; a cache, and a page around it, of which only those may be written."""
     import torch
 
     from m3check import paging
@@ -228,6 +228,6 @@ CALLS = Calls(
     named_only=frozenset({"out"}),
     returnable=frozenset({"out"}),
     fresh=frozenset({"idx_q", "score", "topk_idx"}),
-    token_dimension={"topk_idx": 1, "idx_q": 0, "score": 1, "out": 1},
+    token_dimension={"topk_idx": 1},
     held=frozenset({"completion_counter"}),
 )  # fmt: skip
