@@ -16,7 +16,7 @@ from m3check.types import BLOCK, SPARSE, Case, Evidence
 COUNT: Mapping[str, int] = {"smoke": 1, "ci": 3, "full": 4, "production": 0}
 """How many cases of a tier show each (invariant, op)."""
 
-FEW: Mapping[str, int] = {**COUNT, "smoke": 0, "ci": 1}
+FEW: Mapping[str, int] = {**COUNT, "smoke": 0, "ci": 1, "full": 2}
 """Likewise of the selections of AMD's path, whose interpreted call takes a second: their grids are those of a whole GPU."""
 
 PROMISES = frozenset({"far_rows", "far_slots", "apart", "empty", "warm"})
@@ -198,8 +198,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "one that reads only its neighbour's length", "content.neighbours"),
     Invariant("batch_order", SINGLE | MIXED | INSERT | LOGITS | PAGE_TABLES, _unlike, "state carried from one request to "
               "the next; fixed places in a batch", "one order in which all is right", "batch.order"),
-    Invariant("head_order", SINGLE - LISTED | INSERT | LOGITS, _heads, "heads that are treated by their place",
-              "gqa lanes within a KV head", "batch.heads"),
+    Invariant("head_order", SINGLE - LISTED - {"index_decode_table"} | INSERT | LOGITS, _heads, "heads that are treated by "
+              "their place", "gqa lanes within a KV head", "batch.heads"),
     Invariant("alone", EVERY | MIXED | INSERT | LOGITS | PAGE_TABLES, _several, "results that depend on the other "
               "requests", "batches of one", "batch.alone"),
     Invariant("padded", DECODE | LOGITS | {"sparse_pa_table_decode"}, _live_rows, "padded rows (length 0) that change the "
@@ -233,8 +233,9 @@ INVARIANTS: tuple[Invariant, ...] = (
     Invariant("autotune", SELECT | LISTED | LOGITS, _tunable, "a configuration that is wrong, though another was "
               "chosen here", "kernels without Triton's autotuner", "state.configurations", calls=3, evidence=INTERPRETED,
               tiers=frozenset({"ci", "full"})),
-    Invariant("tiles", SINGLE | INSERT | LOGITS, _tiled, "loops and grids of several steps, where the interpreter's "
-              "tiles take one", "kernels that tell no tile sizes", "state.tiles", calls=3, evidence=INTERPRETED),
+    Invariant("tiles", (SINGLE - AMD_SELECT) | INSERT | LOGITS, _tiled, "loops and grids of several steps, where the "
+              "interpreter's tiles take one", "kernels that tell no tile sizes", "state.tiles", calls=3,
+              evidence=INTERPRETED),
     Invariant("warm", SINGLE | INSERT | LOGITS | TABLES, _always, "what compiles or is timed in the middle of serving: an "
               "argument that becomes 1 or divisible by 16, a constant that follows the batch", "sizes not tried",
               "state.warm", calls=4, evidence=DEVICE, most=1),
@@ -283,7 +284,7 @@ def assign(
             left = [entry for entry in by_op[op] if invariant.fits(entry[2])]
             left.sort(key=lambda entry, name=invariant.name: not suits(name, entry[2]))  # type: ignore[misc]
             seen: set[tuple[str, ...]] = set()
-            for _ in range(min((FEW if op in AMD_SELECT else COUNT)[tier], invariant.most)):
+            for _ in range(shows(invariant, op, tier)):
                 if not left:
                     break
                 best = next((entry for entry in left if _kind(entry[2]) not in seen), left[0])
@@ -291,6 +292,11 @@ def assign(
                 seen.add(_kind(best[2]))
                 given.setdefault(best[1], []).append(invariant.name)
     return {name: tuple(names) for name, names in given.items()}
+
+
+def shows(invariant: Invariant, op: str, tier: str) -> int:
+    """How many cases of a tier show an invariant on an op."""
+    return min((FEW if op in AMD_SELECT else COUNT)[tier], invariant.most)
 
 
 def _kind(case: Case) -> tuple[str, ...]:
