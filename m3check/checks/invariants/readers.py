@@ -58,8 +58,8 @@ def _readings(trial: Trial) -> list[tuple[str, Inputs, str]]:
     for scales in ("none", "scalar") if dtypes["cached_k"].itemsize == 1 else ("none",):
         for op in ("sparse_attn", "sparse_attn_decode"):
             attended = Case(
-                op=op, kv_heads=case.kv_heads, gqa=case.gqa, topk=ids.shape[2], dtype=case.dtype, cache_dtype=case.cache_dtype, scales=scales,
-                layout=case.layout, **one,
+                op=op, kv_heads=case.kv_heads, gqa=case.gqa, topk=ids.shape[2], dtype=case.dtype,
+                cache_dtype=case.cache_dtype, scales=scales, layout=case.layout, **one,
             )  # fmt: skip
             k, v = of("cached_k", kept), of("cached_v", kept)
             by: dict[str, Any] = {} if scales == "none" else {"k_scale": unit, "v_scale": unit}
