@@ -54,7 +54,7 @@ def limits(view: View) -> Tensor:
 def _errors(view: View) -> tuple[Tensor, Tensor]:
     """([T, context] |error| of visible logits, the same by its limit)."""
     actual, expected = view.actual("logits").double(), view.expected["logits"].to(view.device).double()
-    error = (actual - expected).abs().nan_to_num(nan=math.inf).where(visible(view), 0)
+    error = (actual - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).where(visible(view), 0)
     limit = limits(view)
     return error, torch.where(error > limit, error / limit.clamp(min=1e-300), error / limit.clamp(min=1e-30))
 

@@ -23,7 +23,7 @@ def _errors(view: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     actual, expected = view.actual("lse").double(), view.expected["lse"].to(view.device).double()
     actual = actual * (LOG2E if view.setting.profile.lse == "natural" else 1.0)
     dead = dead_rows(view).repeat_interleave(view.case.gqa, 1)
-    error = (actual - expected).abs().nan_to_num(nan=math.inf).masked_fill(dead, 0)
+    error = (actual - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(dead, 0)
     error = error.masked_fill(dead & ~(actual < NOTHING), math.inf)
     return actual, dead, error, error / limits(view).clamp(min=1e-300)
 

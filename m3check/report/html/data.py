@@ -119,9 +119,9 @@ def _axis(value: Any) -> Any:
 def _figure(value: float | None, digits: int = 4) -> float | int | str | None:
     if value is None:
         return None
-    if not math.isfinite(value):
-        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-    short = float(f"{value:.{digits}g}")
+    short = float(f"{value:.{digits}g}")  # which makes the largest numbers infinite
+    if not math.isfinite(short):
+        return "nan" if math.isnan(short) else "inf" if short > 0 else "-inf"
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 
