@@ -18,6 +18,7 @@ CASES = {
     "long": "mla_sparse/q=1,kv=2100,h=1,g=2,d=192,topk=2048",
     "odd": "mla_sparse/q=2,kv=150,h=1,g=128,d=192,topk=80",
     "fp32": "mla_sparse/q=3,kv=140,h=1,g=4,d=192,topk=64,dtype=fp32,cache=fp32,ids=holes",
+    "beyond": "mla_sparse/q=3,kv=200,h=1,g=4,d=192,topk=64,ids=beyond",
 }
 
 
@@ -151,7 +152,12 @@ def without_last(indices):
     return indices
 
 
+def past_the_end_is_the_last(q, kv, indices, sm_scale, d_v):
+    return kernel()(q, kv, indices.clamp(max=len(kv) - 1), sm_scale, d_v)
+
+
 ONLY_SOME_SHAPES = {
+    "a row past the cache taken for its last": ("beyond", past_the_end_is_the_last, "lse"),
     "one token of 2048 left out": ("long", changed(ids=without_last), "token"),
     "a last tile of 16 left out": ("odd", changed(ids=lambda ids: ids[..., : ids.shape[-1] // 32 * 32]), "element"),
     "the heads past the 64th exchanged": (
@@ -174,7 +180,8 @@ def test_ci_has_the_shapes_that_show_it():
     assert any(case.topk == 2048 and case.ids == "late" for case in shapes), "parts of which half are empty"
     assert any(case.topk % 32 == 16 and case.context > case.topk for case in shapes)
     sunk = {case.ids for case in shapes if case.fill == "sunk" and case.topk == 256}
-    assert sunk >= {"empty", "short"}, "a merge that forgets the largest logit is right while logits are small"
+    assert sunk >= {"empty", "short", "late"}, "a merge that forgets the largest logit is right while logits are small"
+    assert any(case.ids == "beyond" for case in shapes), "rows that the cache does not have"
     several = [case for case in shapes if case.topk > 256 and case.total_queries * case.heads > 64]
     assert any(case.gqa > 64 for case in several), "parts of more rows than one program merges"
 

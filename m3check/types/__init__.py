@@ -10,9 +10,10 @@ from m3check.types.kernel import ODD_SCORES, Kernel, Profile
 from m3check.types.ops import OPS, SPARSE, Op, Phase
 from m3check.types.record import Breach, Exit, PlanLine, Record
 from m3check.types.result import RED, STRICTLY_RED, Evidence, Finding, Mismatch, Result, Status, Sums
-from m3check.types.units import BLOCK, DTYPES, INIT_SCORE, LOCAL_SCORE, ROPE, M3CheckError, blocks, skipped
+from m3check.types.units import BEYOND, BLOCK, DTYPES, INIT_SCORE, LOCAL_SCORE, ROPE, M3CheckError, blocks, skipped
 
 __all__ = [
+    "BEYOND",
     "BLOCK",
     "DTYPES",
     "INIT_SCORE",

@@ -29,7 +29,7 @@ class Profile:
     """Attention output of a row that sees no valid block; the contract wants zero, `nan` and `any` promise nothing."""
     dead_ids: Literal["empty", "any"] = "empty"
     """Ids of a padded row: -1 in every slot, or whatever, since nobody reads them."""
-    id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future", "late", "empty"})
+    id_lists: frozenset[str] = frozenset({"full", "ascending", "short", "holes", "future", "late", "empty", "beyond"})
     """Which id lists attention accepts; on others a broken result is `noted`, not `failed`."""
     odd_scores: frozenset[str] = ODD_SCORES
     """On which rows of scores out of the ordinary selection promises what is right."""

@@ -10,6 +10,9 @@ BLOCK = 128
 ROPE = 64
 """Channels of a latent key that carry its position, and are no part of its value."""
 
+BEYOND = -2
+"""In a list of tokens: a slot that names a row past the whole cache, which counts as unused; -1 is unused, too."""
+
 INIT_SCORE = 1e30
 """What a forced init block's score cell holds in kernels that force inside the scores."""
 

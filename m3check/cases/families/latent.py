@@ -2,7 +2,8 @@
 
 `h=1`, `g` is the number of query heads, `d` the channels of a latent key (576), `topk` the ids of a row. A row's list names
 distinct tokens at or before its own position, in random order. Beside the words of other lists there are `late` (the first
-half of the slots is -1, so that whole leading tiles are) and `empty` (every third row names no token at all).
+half of the slots is -1, so that whole leading tiles are), `empty` (every third row names no token at all) and `beyond` (as
+`holes`, but half of the unused slots name rows that the cache does not have; here they are BEYOND).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check.cases.cost import Estimate
 from m3check.cases.families import Family
-from m3check.types import ROPE, Case
+from m3check.types import BEYOND, ROPE, Case
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 READS = frozenset(
     {"kv_heads", "gqa", "head_dim", "topk", "dtype", "cache_dtype", "layout", "ids", "fill", "seed"}
 )  # fmt: skip
-LISTS = ("full", "ascending", "short", "holes", "late", "empty")
+LISTS = ("full", "ascending", "short", "holes", "late", "empty", "beyond")
 FILLS = ("gauss", "integer", "wide", "sunk")
 DTYPES = ("bf16", "fp16", "fp32")
 STEP = 1.5e-3
@@ -82,8 +83,10 @@ def _lists(case: Case) -> Ids:
             room = slots[case.topk // 2 :] if case.ids == "late" else slots
             if case.ids == "short":
                 room = room[: max(1, case.topk // 3)]
-            if case.ids == "holes":
+            if case.ids in ("holes", "beyond"):
                 room = slots[stream.below(3, [case.topk]) > 0]
+            if case.ids == "beyond":
+                ids[row, ::2] = BEYOND
             chosen = order[: len(room)]
             if case.ids == "ascending":
                 chosen = np.sort(chosen)
@@ -105,5 +108,5 @@ FAMILY = Family(
     complaint=complaint,
     make=make,
     estimate=estimate,
-    ids=frozenset({"late", "empty"}),
+    ids=frozenset({"late", "empty", "beyond"}),
 )

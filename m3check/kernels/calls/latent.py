@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from m3check.kernels.calls.family import Calls, Physical, Taken, checked
-from m3check.types import BLOCK, ROPE, Inputs, Kernel
+from m3check.types import BEYOND, BLOCK, ROPE, Inputs, Kernel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PARAMETERS: Mapping[str, str] = {
     "q": "[T, Hq, D] query dtype, any strides but 1 for channels: D - 64 latent channels, then 64 of rotary position",
     "kv": "[S, 1, D] like q, any row stride: the latent cache; a row's first D - 64 channels are its value, too",
-    "indices": "[T, 1, topk] int32: rows of kv for each query, -1 (an unused slot) anywhere",
+    "indices": "[T, 1, topk] int32: rows of kv for each query, -1 or rows that kv does not have (unused slots) anywhere",
     "sm_scale": "float: the logits are q·k times this",
     "d_v": "int: D - 64",
     "output": "[T, Hq, D - 64], any strides but 1 for channels: where to write the output (optional)",
@@ -63,6 +63,9 @@ def physical(
     logical = inputs.topk_idx[0].long()
     token = (start[:, None] + logical).where(logical >= 0, 0)
     rows = slots[token].where(logical >= 0, -1) if len(slots) else torch.full_like(logical, -1)
+    past = torch.arange(len(kv), len(kv) + rows.shape[1], device=inputs.device)
+    past[-2:] = torch.iinfo(torch.int32).max
+    rows = torch.where(logical == BEYOND, past, rows)
     q = paging.filled(
         [case.total_queries, case.heads, case.head_dim + wide],
         paging.poison_value(inputs.q.dtype, world.poison),
