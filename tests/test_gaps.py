@@ -100,7 +100,7 @@ def aliased(op, apart):
         ("index_score", ("1x69+3",)),
         ("index_decode_score", ("1x70",)),
         ("sparse_attn", ("1x69+3",)),
-        ("sparse_attn_decode", ("1x70",)),
+        ("sparse_attn_decode", ("2x70",)),
     ],
 )
 def test_requests_past_the_eighth_or_the_sixty_fourth_show(op, words, apart):
