@@ -77,7 +77,23 @@ class Workers:
         words = [self._program, "--tool", self._tool, *ROOM.get(self._tool, ()), "--target-processes", "all",
                  "--show-backtrace", "no", "--report-api-errors", "no", "--print-limit", "100",
                  "--log-file", log]  # fmt: skip
-        return isolate.Worker({**command, "sanitizer": [log, self._tool]}, {**environment, **ENVIRONMENT}, words)
+        return _Worker({**command, "sanitizer": [log, self._tool]}, {**environment, **ENVIRONMENT}, words)
+
+
+class _Worker(isolate.Worker):
+    """A worker under the tool. Where a GPU is lost torch ends the process as it frees memory: the report tells why."""
+
+    def __post_init__(self) -> None:
+        self._log = Log(*self.command["sanitizer"])
+        super().__post_init__()
+
+    def start(self, task: Any, message: dict[str, Any], limit: float) -> None:
+        self._log.news(0)  # of the tasks before
+        super().start(task, message, limit)
+
+    def death(self) -> str:
+        seen = [finding for finding in self._log.news() if finding.status is Status.FAILED]
+        return "; ".join([*(_told(finding) for finding in seen[:1]), super().death()])
 
 
 def joined(result: Result, found: Sequence[Finding]) -> Result:
@@ -86,10 +102,14 @@ def joined(result: Result, found: Sequence[Finding]) -> Result:
     worst = next((f for f in found if f.status is not Status.PASSED), None)
     if worst is None:
         return result
-    reason = f"sanitizer: {worst.hint}" + (f" at {worst.where}" if worst.where else "")
+    reason = _told(worst)
     if result.status in RED:
         return replace(result, reason=f"{reason}; {result.reason}")
     return replace(result, status=worst.status, reason=reason)
+
+
+def _told(finding: Finding) -> str:
+    return f"sanitizer: {finding.hint}" + (f" at {finding.where}" if finding.where else "")
 
 
 class Log:

@@ -192,3 +192,28 @@ def test_a_worker_whose_gpu_is_lost_gets_no_further_case():
         pool.greet(["one"])
         pids = [answer["pid"] for _, answer in pool.run({"one": ["a", "b"]}, lambda task: {"task": task})]
     assert len(set(pids)) == 2
+
+
+def test_a_crash_is_told_with_what_the_sanitizer_saw_of_this_task(tmp_path):
+    report = tmp_path / "report.txt"
+    program = (
+        "import socket, sys\n"
+        "from m3check import isolate\n"
+        "def answer(message):\n"
+        f"    with open({str(report)!r}, 'a') as log:\n"
+        f"        log.write({MEMCHECK!r} if message['task'] == 'bad' else {CLEAN!r})\n"
+        "    return {} if message['task'] == 'good' else sys.exit(6)\n"
+        "with socket.socket(fileno=0) as channel:\n"
+        "    isolate.serve(channel, lambda c, s: {}, answer)\n"
+    )
+    words = [sys.executable, "-c", program]
+
+    def make(_group):
+        return sanitize._Worker({"sanitizer": [str(report), "memcheck"]}, {}, words)
+
+    with Pool(1, make, 60.0) as pool:
+        pool.greet(["one"])
+        told = dict(pool.run({"one": ["good", "bad", "worse"]}, lambda task: {"task": task}))
+    assert told["bad"].kind == told["worse"].kind == "crashed"
+    assert told["bad"].reason.startswith("sanitizer: Invalid __global__ read")
+    assert told["worse"].reason.startswith("the worker process ended with exit code 6"), "the error was the other task's"
