@@ -77,7 +77,7 @@ WRONG = {
     "relu missing": ({"relu": False}, "logits", "[logits_relu_lost]"),
     "scales dropped": ({"scaled": False}, "logits", "[logits_scale_lost]"),
     "weights dropped": ({"weighted": False}, "logits", "[logits_weights_lost]"),
-    "a window too long": ({"shift": 1}, "outside", "(window off by one?); like the window is one token long [logits_next_seen]"),
+    "a window too long": ({"shift": 1}, "outside", "off by one?); like the window is one token long [logits_next_seen]"),
     "a window too short": ({"shift": -1}, "logits", "[logits_own_lost]"),
     "cells left unwritten": ({"fill": float("nan")}, "outside", "[logits_unwritten]"),
 }
