@@ -219,7 +219,9 @@ def test_named_mutants_are_killed_and_a_control_is_green(tmp_path):
     ended = {row["name"]: (row["verdict"], row["check"]) for row in json.loads(out.read_text())}
     assert ended["N1 tied blocks swapped"] == ("green", "")
     assert ended["T3 unused slots hold ids: index_topk"] == ("killed", "ids")
-    assert ended["T5 no forced block: index_topk"] == ("killed", "forced")
+    assert ended["T5 no forced block: index_topk"] in {("killed", "forced"), ("killed", "order")}, (
+        "forced blocks come first"
+    )
     assert ended["T10 past the last row: index_topk"] == ("killed", "guards")
     assert ended["S3 selection reads every column"][0] == "killed"
 

@@ -92,7 +92,7 @@ def test_every_row_that_needs_a_launch_is_made_on_a_device_only(ours, vllm):
 
 def test_sources_of_another_version_have_no_such_mutant(ours, tmp_path):
     (tmp_path / "sparse_attn_decode.py").write_text("def sparse_attn_decode(): pass\n")
-    other = type(ours)(ours.spec, "triton", tmp_path, ("sparse_attn_decode.py",))
+    other = type(ours)(ours.spec, "triton", {"": tmp_path}, ("sparse_attn_decode.py",))
     assert {m.name.split()[0] for m in launching.mutants(other)} == {"W1", "W3", "W5"}
 
 

@@ -10,7 +10,7 @@ from m3check import cases, kernels, rerun, runner
 from m3check.arch import ARCHS
 from m3check.kernels import named
 from m3check.kernels.provider import Loaded, Spec
-from m3check.types import Kernel, Profile, Status
+from m3check.types import Kernel, PlanLine, Profile, Status
 
 LATENT = textwrap.dedent("""
     import torch
@@ -31,7 +31,7 @@ def results(spec, case=CASE):
     arch = ARCHS["sm80"]
     loaded = kernels.load(kernels.parse_spec(str(spec)), arch, "interpreted", True)
     session = runner.Session(arch, "interpreted", "cpu", loaded)
-    line = runner.PlanLine(case, case.partition("/")[0], str(spec), "interpreted")
+    line = PlanLine(case, case.partition("/")[0], str(spec), "interpreted")
     return loaded, runner.run_one(cases.parse_id(case), session, line, "")
 
 

@@ -135,7 +135,7 @@ def _dot_error(view: View) -> float:
     how, q, k = view.setting.dot, view.problem.q, view.problem.k
     assert q is not None
     assert k is not None
-    largest = 3 * float(q.abs().max()) * float(k.abs().max())
+    largest = 3 * float(q.abs().max()) * float(k.abs().max()) if k.numel() else 0.0
     cut = 0.0 if how.operand_bits is None else 2.0 ** (2 - how.operand_bits)
     step = 4 * U32 if how.fraction_bits is None else (how.inner + 1) * 2.0 ** (1 - how.fraction_bits)
     return largest * (cut + step * (1 if how.fraction_bits is None else math.ceil(view.case.head_dim / how.inner)))
