@@ -70,6 +70,17 @@ def caught(op, spoil, name, says, case=None, profile=PROFILE):
     assert name in {f.check for f in clean.findings}, "it did not even look"
 
 
+def test_keys_of_other_lanes_may_be_added_up_in_another_order():
+    def by_lane(kernel, arguments):
+        buffer = arguments.pop("logits_out", None)
+        odd = torch.arange(len(arguments["k"])) % 2 == 1
+        result = torch.where(odd, windowed()(**arguments), windowed(order=-1)(**arguments))
+        return result if buffer is None else buffer.copy_(result)
+
+    result = judged(f"{MQA},fill=wide", ("batch_order",), {"mqa_logits": planted("mqa_logits", by_lane)})
+    assert result.status is Status.PASSED, result.reason
+
+
 @pytest.mark.parametrize("op", IDS)
 @pytest.mark.parametrize("how", [{}, {"order": -1}, {"dtype": torch.float64}])
 def test_right_kernels_hold_all_of_them_however_they_add_up(op, how):
