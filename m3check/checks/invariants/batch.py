@@ -25,8 +25,8 @@ def order(trial: Trial) -> list[Finding]:
     parts = [Part.whole(request) for request in (*reversed(requests[:first]), *reversed(requests[first:]))]
     inputs, rows = assembled(trial.inputs, parts)
     run = put_back(trial.first.outputs, [(trial.call(inputs, World()), rows)])
-    alike = not mixed or inputs.case.decodes == first  # a prefilled request may now be one of the decoded
-    alike = alike and case.op != "mqa_logits"
+    # A prefilled request may now be one of the decoded.
+    alike = case.op != "mqa_logits" and (not mixed or inputs.case.decodes == first)
     return [trial.same("batch_order", "the requests stood in reverse order", run, bitwise=alike)]
 
 

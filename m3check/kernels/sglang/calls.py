@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from m3check.kernels.sglang.launches import Stub, instead, launched, not_launched
-from m3check.kernels.sglang.views import page_size, requests, rows, scales, slots
+from m3check.kernels.sglang.views import halves, page_size, requests, rows, scales, slots
 from m3check.types import BLOCK
 
 UNSCALED = 0.6931471824645996
@@ -25,6 +25,7 @@ UNSCALED = 0.6931471824645996
 SELECT_PREFILL = "_topk_index_kernel"
 SELECT_DECODE = "_topk_index_partial_kernel"
 MERGE_DECODE = "_topk_index_merge_kernel"
+NO_SELECTION: Mapping[str, Stub] = {SELECT_DECODE: not_launched, MERGE_DECODE: not_launched}
 SCORE_PREFILL = ("_flash_attn_fwd_with_block_score_kernel", "_index_block_score_only_kernel")
 
 
@@ -51,9 +52,7 @@ class Calls:
         """[H, T, blocks(max_seq_len)] fp32: what the wrapper hands to its selection."""
         keys, table = slots(index_kv_cache[:, None], block_table)
         with instead(self._prefill_index, {SELECT_PREFILL: not_launched}) as launches:
-            self._index(
-                (idx_q, keys, table, cu_seqlens_q, seq_lens, prefix_lens), max_query_len, max_seq_len, topk=1, forced=(0, 0)
-            )
+            self._index((idx_q, keys, table, cu_seqlens_q, seq_lens, prefix_lens), max_query_len, max_seq_len)
         score: Tensor = launches[SELECT_PREFILL].seen["s_ptr"]
         return score
 
@@ -84,7 +83,7 @@ class Calls:
                 BLOCK,
                 topk=topk,
                 forced=(init_blocks, local_blocks),
-            )
+            )[1]
         return ids
 
     def index_decode_score(
@@ -99,10 +98,9 @@ class Calls:
         decode_query_len: int,
     ) -> Tensor:
         """[H, T, blocks(max_seq_len)] fp32: what the wrapper hands to its selection."""
-        with instead(self._decode_index, {SELECT_DECODE: not_launched, MERGE_DECODE: not_launched}) as launches:
-            self._index_decode(
-                idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, 1, (init_blocks, local_blocks), decode_query_len
-            )
+        tensors = idx_q, *slots(index_kv_cache[:, None], block_table), seq_lens
+        with instead(self._decode_index, NO_SELECTION) as launches:
+            self._index_decode(tensors, max_seq_len, decode_query_len, forced=(init_blocks, local_blocks))
         score: Tensor = launches[SELECT_DECODE].seen["s_ptr"]
         return score
 
@@ -120,17 +118,10 @@ class Calls:
         score_out: Tensor | None = None,
     ) -> Tensor:
         """[H, T, topk] int32; `score_out` receives a copy of the scores of the blocks that each row sees."""
+        tensors = idx_q, *slots(index_kv_cache[:, None], block_table), seq_lens
+        forced = init_blocks, local_blocks
         with instead(self._decode_index, {SELECT_DECODE: launched}) as launches:
-            ids: Tensor = self._index_decode(
-                idx_q,
-                index_kv_cache,
-                block_table,
-                seq_lens,
-                max_seq_len,
-                topk,
-                (init_blocks, local_blocks),
-                decode_query_len,
-            )
+            ids: Tensor = self._index_decode(tensors, max_seq_len, decode_query_len, topk=topk, forced=forced)[1]
         if score_out is not None:
             score = launches[SELECT_DECODE].seen["s_ptr"]
             columns = min(score.shape[2], score_out.shape[2])
@@ -195,9 +186,7 @@ class Calls:
         v_scale: Tensor | None = None,
     ) -> Tensor:
         """[T, Hq, D], query dtype."""
-        dim = q.shape[-1]
-        keys, table = slots(kv_cache[..., :dim], block_table)
-        values, _ = slots(kv_cache[..., dim:], block_table)
+        keys, values, table = halves(kv_cache, q.shape[-1], block_table)
         out: Tensor = self._prefill.flash_prefill_with_gqa_share_sparse(
             q=q,
             k_cache=keys,
@@ -230,9 +219,7 @@ class Calls:
         v_scale: Tensor | None = None,
     ) -> Tensor:
         """[T, Hq, D], query dtype; every query is a request of its own, as the server's verification has it."""
-        dim = q.shape[-1]
-        keys, table = slots(kv_cache[..., :dim], block_table)
-        values, _ = slots(kv_cache[..., dim:], block_table)
+        keys, values, table = halves(kv_cache, q.shape[-1], block_table)
         attend = self._decode.flash_decode_with_gqa_share_sparse
         out: Tensor = attend(
             q=q,
@@ -251,10 +238,19 @@ class Calls:
         return out
 
     def _index(
-        self, tensors: tuple[Tensor, ...], max_query_len: int, max_seq_len: int, *, topk: int, forced: tuple[int, int]
+        self,
+        tensors: tuple[Tensor, ...],
+        max_query_len: int,
+        max_seq_len: int,
+        *,
+        topk: int = 1,
+        forced: tuple[int, int] = (0, 0),
+        **further: Any,
     ) -> Any:
+        """What the prefill wrapper returns: the output of the index head, where it has one, and ids."""
         q, keys, table, cu_seqlens_q, seq_lens, prefix_lens = tensors
         index = self._prefill_index.flash_prefill_with_topk_index
+        told = {"sm_scale": UNSCALED, **self._value(keys), **page_size(index), **further}
         return index(
             q=q,
             k_cache=keys,
@@ -271,26 +267,25 @@ class Calls:
             topk=topk,
             init_blocks=forced[0],
             local_blocks=forced[1],
-            sm_scale=UNSCALED,
-            **self._value(keys),
-            **page_size(index),
-        )[1]
+            **told,
+        )
 
     def _index_decode(
         self,
-        idx_q: Tensor,
-        index_kv_cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
+        tensors: tuple[Tensor, ...],
         max_seq_len: int,
-        topk: int,
-        forced: tuple[int, int],
         decode_query_len: int,
+        *,
+        topk: int = 1,
+        forced: tuple[int, int] = (0, 0),
+        **further: Any,
     ) -> Any:
-        keys, table = slots(index_kv_cache[:, None], block_table)
+        """What the decode wrapper returns, as `_index` says."""
+        q, keys, table, seq_lens = tensors
         index = self._decode_index.flash_decode_with_topk_idx
+        told = {"sm_scale": UNSCALED, **self._value(keys), **page_size(index), **further}
         return index(
-            q=idx_q,
+            q=q,
             sink=None,
             k_cache=keys,
             req_to_token=table,
@@ -301,10 +296,8 @@ class Calls:
             topk=topk,
             init_blocks=forced[0],
             local_blocks=forced[1],
-            sm_scale=UNSCALED,
-            **self._value(keys),
-            **page_size(index),
-        )[1]
+            **told,
+        )
 
     def _value(self, keys: Tensor) -> dict[str, Any]:
         """What scoring is told of an output of the index head: that there is none, as M3's layers have it."""

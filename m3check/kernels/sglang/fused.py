@@ -11,13 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from m3check.kernels.sglang.calls import MERGE_DECODE, SELECT_DECODE, SELECT_PREFILL, Calls
+from m3check.kernels.sglang.calls import NO_SELECTION, SELECT_PREFILL, Calls
 from m3check.kernels.sglang.launches import instead, not_launched
-from m3check.kernels.sglang.views import page_size, requests, rows, scales, slots
-from m3check.types import BLOCK
-
-UNUSED = {"topk": 1, "init_blocks": 0, "local_blocks": 0}
-"""Of a selection that is not launched."""
+from m3check.kernels.sglang.views import halves, scales
 
 
 class FusedCalls(Calls):
@@ -41,29 +37,11 @@ class FusedCalls(Calls):
         v_scale: Tensor | None = None,
     ) -> Tensor:
         """[T, Hq, D], query dtype; `topk_idx` names every visible block and is not read."""
-        keys, values, table = _caches(q, kv_cache, block_table)
-        attend = self._prefill_index.flash_prefill_with_topk_index
+        keys, values, table = halves(kv_cache, q.shape[-1], block_table)
+        tensors = q, keys, table, cu_seqlens_q, seq_lens, prefix_lens
+        told: dict[str, Any] = {"v_cache": values, "sm_scale": sm_scale, **scales(k_scale, v_scale)}
         with instead(self._prefill_index, {SELECT_PREFILL: not_launched}):
-            out: Tensor = attend(
-                q=q,
-                k_cache=keys,
-                v_cache=values,
-                sink=None,
-                req_to_token=table,
-                slot_ids=requests(seq_lens),
-                cu_seqlens=cu_seqlens_q,
-                seq_lens=seq_lens,
-                prefix_lens=prefix_lens,
-                max_seqlen_q=max_query_len,
-                max_seqlen_k=table.shape[1],
-                block_size_q=1,
-                block_size_k=BLOCK,
-                sm_scale=sm_scale,
-                disable_index_value=False,
-                **UNUSED,
-                **page_size(attend),
-                **scales(k_scale, v_scale),
-            )[0]
+            out: Tensor = self._index(tensors, max_query_len, table.shape[1], **told)[0]
         return out
 
     def sparse_attn_decode(
@@ -79,30 +57,8 @@ class FusedCalls(Calls):
         v_scale: Tensor | None = None,
     ) -> Tensor:
         """[T, Hq, D], query dtype; `topk_idx` names every visible block and is not read."""
-        keys, values, table = _caches(q, kv_cache, block_table)
-        attend = self._decode_index.flash_decode_with_topk_idx
-        with instead(self._decode_index, {SELECT_DECODE: not_launched, MERGE_DECODE: not_launched}):
-            out: Tensor = attend(
-                q=q,
-                sink=None,
-                k_cache=keys,
-                v_cache=values,
-                req_to_token=table,
-                seq_lens=rows(seq_lens, decode_query_len),
-                max_seqlen=table.shape[1],
-                slot_ids=requests(seq_lens).repeat_interleave(decode_query_len),
-                block_size=BLOCK,
-                sm_scale=sm_scale,
-                disable_index_value=False,
-                **UNUSED,
-                **page_size(attend),
-                **scales(k_scale, v_scale),
-            )[0]
+        keys, values, table = halves(kv_cache, q.shape[-1], block_table)
+        told: dict[str, Any] = {"v_cache": values, "sm_scale": sm_scale, **scales(k_scale, v_scale)}
+        with instead(self._decode_index, NO_SELECTION):
+            out: Tensor = self._index_decode((q, keys, table, seq_lens), table.shape[1], decode_query_len, **told)[0]
         return out
-
-
-def _caches(q: Tensor, kv_cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values as slots, and req_to_token."""
-    dim = q.shape[-1]
-    keys, table = slots(kv_cache[..., :dim], block_table)
-    return keys, slots(kv_cache[..., dim:], block_table)[0], table

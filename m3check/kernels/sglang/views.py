@@ -31,6 +31,12 @@ def slots(cache: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor]:
     return view, table.flatten(1)
 
 
+def halves(kv_cache: Tensor, dim: int, block_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of a packed cache [pages, heads, 128, 2 · dim] as slots, and req_to_token."""
+    keys, table = slots(kv_cache[..., :dim], block_table)
+    return keys, slots(kv_cache[..., dim:], block_table)[0], table
+
+
 def requests(seq_lens: Tensor) -> Tensor:
     """[R] int64: the row of req_to_token of each request."""
     return torch.arange(seq_lens.shape[0], device=seq_lens.device)
