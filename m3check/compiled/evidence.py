@@ -29,7 +29,7 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
     """
     from m3check.compiled import build, target
     from m3check.compiled import sweep as sweeping
-    from m3check.compiled.findings import judge
+    from m3check.compiled.findings import judge, loads
 
     launches, raised = launches_of(case, kernel)
     if sweep and kernel.warm_up is not None:
@@ -46,7 +46,7 @@ def findings(case: Case, kernel: Kernel, arch: Arch, sweep: bool, compiling: Cal
                 [outcome] = build.build_all([candidate], goal, compiling)
                 outcomes[id(candidate)] = outcome
                 tried.append(candidate)
-                if outcome.figures is not None and outcome.figures.shared <= arch.shared_memory:
+                if loads(candidate, outcome, arch, case):
                     break
             launch.candidates = tried
     for outcome in outcomes.values():

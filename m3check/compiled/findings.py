@@ -70,6 +70,11 @@ def judge(launches: Sequence[Launch], outcomes: Mapping[int, Built], arch: Arch,
     return told
 
 
+def loads(candidate: Specialisation, built: Built, arch: Arch, case: Case) -> bool:
+    """Whether an autotuner could take a candidate: nothing about it is red."""
+    return _loads(_variant(Variant(candidate, built), arch, case))
+
+
 def _loads(findings: Iterable[Finding]) -> bool:
     return all(f.status is not Status.FAILED for f in findings)
 
