@@ -95,7 +95,7 @@ def _caller() -> str:
             return ""
         if not place and "/torch/" not in file and not file.endswith("kernels/syncs.py"):
             place = f"{Path(file).name}:{frame.f_lineno}"
-        if file.endswith("kernels/indexer.py"):
+        if "/kernels/indexer/" in file:
             break
         frame = frame.f_back  # type: ignore[assignment]
     return place
