@@ -67,6 +67,12 @@ def _stored(case: Case) -> bool:
     return case.layer == "sparse" and case.fill == "gauss" and case.ids != "skip_all" and case.total_queries > 2
 
 
+def _own_block_counts(case: Case) -> bool:
+    """What a query must not see stands in its own block, of which ids tell something only where it competes for a slot."""
+    competes = case.local_blocks == 0 and case.init_blocks < case.topk < case.block_columns
+    return case.op not in INDEX & SELECT or competes
+
+
 def _tails(case: Case) -> bool:
     return _caches(case) and any(n % BLOCK for n in case.kv_lens)
 
@@ -147,7 +153,10 @@ def _both(*tests: Callable[[Case], bool]) -> Callable[[Case], bool]:
 
 
 AMD_DECODE = frozenset({"index_decode_table", "index_decode_cp"})
-AMD_SELECT = AMD_DECODE | {"index_topk_cp"}
+AMD_GIVEN = frozenset({"index_topk_cp", "index_topk_cp_table"})
+AMD_SELECT = AMD_DECODE | AMD_GIVEN
+AMD_TABLES = frozenset({"index_decode_table", "index_topk_cp_table"})
+"""A table is for one head."""
 INDEX = frozenset({"index_score", "index_decode_score", "index_decode"}) | AMD_DECODE
 SELECT = frozenset({"index_topk", "index_decode"}) | AMD_SELECT
 LISTED = frozenset({"mla_sparse"})
@@ -161,7 +170,7 @@ INSERT = frozenset({"qknorm_rope_insert"})
 PAGE_TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode"})
 TABLES = PAGE_TABLES | {"index_insert", "page16_rebase"}
 CACHED = INDEX | ATTEND
-SINGLE = CACHED | {"index_topk", "index_topk_cp"}
+SINGLE = CACHED | {"index_topk"} | AMD_GIVEN
 EVERY = SINGLE | CHAINS
 PREFILL = frozenset(name for name, op in SPARSE.items() if op.phase == "prefill")
 DECODE = EVERY - PREFILL - LISTED
@@ -169,8 +178,9 @@ DEVICE: frozenset[Evidence] = frozenset({"device"})
 INTERPRETED: frozenset[Evidence] = frozenset({"interpreted"})
 
 INVARIANTS: tuple[Invariant, ...] = (
-    Invariant("poison", EVERY | MIXED | INSERT | LOGITS, _tails, "bytes that no live token owns, whatever they hold",
-              "dead bytes that only move a result within one rounding to the same bits", "memory.physical",
+    Invariant("poison", EVERY | MIXED | INSERT | LOGITS, _both(_tails, _own_block_counts), "bytes that no live token "
+              "owns, whatever they hold", "dead bytes that only move a result within one rounding to the same bits",
+              "memory.physical",
               {"poison": "garbage"}),
     Invariant("pages", CACHED | CHAINS | MIXED | INSERT | PAGED | TABLES, _pages, "page ids kept; arithmetic on them",
               "an identity page table in every call (the comparison sees that)", "memory.physical", {"salt": "again"}),
@@ -192,14 +202,15 @@ INVARIANTS: tuple[Invariant, ...] = (
               "a kernel itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
     Invariant("apart", (SINGLE | LOGITS) - AMD_SELECT, _live_rows, "strides of channels, ids and score columns, which are "
               "1 elsewhere", "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
-    Invariant("future", (CACHED | CHAINS | LOGITS) - LISTED, _draft, "a token after the query's position enters the result",
+    Invariant("future", (CACHED | CHAINS | LOGITS) - LISTED, _both(_draft, _own_block_counts), "a token after the query's "
+              "position enters the result",
               "tokens whose weight underflows", "content.future"),
     Invariant("neighbours", SINGLE | INSERT | LOGITS, _several, "another request's tokens or queries enter the result",
               "one that reads only its neighbour's length", "content.neighbours"),
     Invariant("batch_order", SINGLE | MIXED | INSERT | LOGITS | PAGE_TABLES, _unlike, "state carried from one request to "
               "the next; fixed places in a batch", "one order in which all is right", "batch.order"),
-    Invariant("head_order", SINGLE - LISTED - {"index_decode_table"} | INSERT | LOGITS, _heads, "heads that are treated by "
-              "their place", "gqa lanes within a KV head", "batch.heads"),
+    Invariant("head_order", SINGLE - LISTED - AMD_TABLES | INSERT | LOGITS, _heads, "heads that are treated by their place",
+              "gqa lanes within a KV head", "batch.heads"),
     Invariant("alone", EVERY | MIXED | INSERT | LOGITS | PAGE_TABLES, _several, "results that depend on the other "
               "requests", "batches of one", "batch.alone"),
     Invariant("padded", DECODE | LOGITS | {"sparse_pa_table_decode"}, _live_rows, "padded rows (length 0) that change the "

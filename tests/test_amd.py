@@ -221,12 +221,23 @@ def exchange(mistake=""):
             out[h, t, : len(best)] = torch.tensor(best, dtype=torch.int64)
         return out
 
-    def merge_topk_keys(keys, topk_idx, seq_lens, *, query_len, init_blocks, local_blocks):
+    def merge_topk_keys(
+        keys, topk_idx, seq_lens, *, query_len, init_blocks, local_blocks, attention_block_table=None,
+        sparse_block_table_out=None, sparse_context_lens_out=None, block_page_stride=None,
+    ):  # fmt: skip
         flat = keys.permute(1, 2, 0, 3).flatten(2)
         best = flat.sort(-1, descending=True).values[..., : topk_idx.shape[-1]]
         block = (best & 0xFFFF).int()
         block = 0xFFFE - block if mistake == "ties" else block - 1
         topk_idx.copy_(block.masked_fill(best == 0, -1))
+        if attention_block_table is not None:
+            first = (keys[0] & 0xFFFF).int() - 1 if mistake == "first rank" else topk_idx
+            lengths = seq_lens - (query_len - 1 if mistake == "drafts" else 0)
+            made = table()(
+                first, attention_block_table, lengths, query_len, 8 if mistake == "stride" else block_page_stride
+            )
+            sparse_block_table_out.copy_(made[0])
+            sparse_context_lens_out.copy_(made[1])
         return topk_idx
 
     return {"local_topk_keys": local_topk_keys, "merge_topk_keys": merge_topk_keys}
@@ -263,6 +274,21 @@ def test_ties_are_judged_by_the_rule_that_a_profile_names():
     assert judged(TIED, selects("ties"), smaller) == (Status.PASSED, set())
     assert judged(TIED, selects(), smaller)[1] >= {"ties"}
     assert judged(TIED, selects(), replace(MERGED, tie_rule="any")) == (Status.PASSED, set())
+
+
+def selects_and_writes(mistake=""):
+    return vllm_amd.PIECES["index_topk_cp_table"].composed(exchange(mistake))
+
+
+WRITTEN = "index_topk_cp_table/q=2x3,kv=1200+1+640,h=1,topk=4,layout=pool"
+
+
+def test_a_merge_that_writes_the_table_as_well_is_judged_on_its_own_ids():
+    assert judged(WRITTEN, selects_and_writes(), MERGED) == (Status.PASSED, set())
+    assert "pages" in judged(WRITTEN, selects_and_writes("first rank"), MERGED)[1], "the keys of one rank"
+    assert "context" in judged(WRITTEN, selects_and_writes("drafts"), MERGED)[1], "positions without the draft tokens"
+    assert judged(WRITTEN, selects_and_writes("stride"), MERGED)[1] == {"pages"}
+    assert judged(WRITTEN, selects_and_writes("last"), MERGED)[1] == {"selection"}
 
 
 def scored(mistake=""):
@@ -357,18 +383,19 @@ def changed(kernel, change):
 FUSED = "index_decode_table/q=2x2,kv=400+200,h=1,topk=3"
 SHARED = "index_decode_cp/q=2x2,kv=400+260,h=2,topk=3"
 GIVEN = "index_topk_cp/q=2x2,kv=700+400,h=2,topk=3"
+BESIDE = "index_topk_cp_table/q=2x2,kv=700+400,h=1,topk=3"
 ROWS = "sparse_pa_table_decode/q=2x2,kv=500+256,h=1,topk=3"
 
 
-@pytest.mark.parametrize("case", [FUSED, SHARED, GIVEN, ROWS, "index_insert/q=4+3,kv=300+140,d=32"])
+@pytest.mark.parametrize("case", [FUSED, SHARED, GIVEN, BESIDE, ROWS, "index_insert/q=4+3,kv=300+140,d=32"])
 def test_right_pieces_hold_every_invariant_that_fits(case):
     op = case.partition("/")[0]
     kernel = {
         "index_decode_table": fused, "index_decode_cp": scored, "index_topk_cp": selects,
-        "sparse_pa_table_decode": table, "index_insert": inserts,
+        "index_topk_cp_table": selects_and_writes, "sparse_pa_table_decode": table, "index_insert": inserts,
     }[op]()  # fmt: skip
     names = invariants.fitting(cases.parse_id(case), "interpreted")
-    red, shown = held(case, kernel, names, MERGED if op.endswith("_cp") else Profile())
+    red, shown = held(case, kernel, names, MERGED if "_cp" in op else Profile())
     assert red == set()
     assert {"repeat", "alone" if op != "index_insert" else "far_pages"} <= shown
 
@@ -387,6 +414,13 @@ def a_longer_limit(keywords):
     """The blocks of the limit for those of the request."""
     if keywords["max_seq_len"] > 5000:
         keywords["seq_lens"] = keywords["seq_lens"] - 128
+
+
+def an_earlier_table(keywords):
+    """The pages that attention has while all requests are live."""
+    if not bool((keywords["seq_lens"] == 0).any()):
+        return None
+    return lambda ids: keywords["sparse_block_table_out"].fill_(0) is None or ids
 
 
 def padding_counts(keywords):
@@ -430,6 +464,7 @@ def slot_in_32_bits(keywords):
         (SHARED, lambda: padding_counts, "padded"),
         (GIVEN, lambda: keeps("local_blocks"), "other_local"),
         (GIVEN, counts_calls, "repeat"),
+        (BESIDE, lambda: an_earlier_table, "padded"),
         ("index_insert/q=4+3,kv=300+140,d=32", lambda: slot_in_32_bits, "far_pages"),
     ],
 )
@@ -437,8 +472,9 @@ def test_wrong_pieces_that_compare_well_do_not_hold_an_invariant(case, change, n
     op = case.partition("/")[0]
     kernel = {
         "index_decode_table": fused, "index_decode_cp": scored, "index_topk_cp": selects, "index_insert": inserts,
+        "index_topk_cp_table": selects_and_writes,
     }[op]()  # fmt: skip
-    red, _ = held(case, changed(kernel, change()), (name,), MERGED if op.endswith("_cp") else Profile())
+    red, _ = held(case, changed(kernel, change()), (name,), MERGED if "_cp" in op else Profile())
     assert red == {name}
 
 

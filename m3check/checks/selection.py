@@ -102,7 +102,7 @@ def _fault(view: View, check: str, rows: Tensor, hint: str, status: Status = Sta
 
 def _own_scores(view: View) -> tuple[Tensor, Tensor | None]:
     """(scores [H, T, K], slack): the op's input or the kernel's own output exactly, else the reference's within bounds."""
-    if view.problem.scores is not None and view.op.name in ("index_topk", "index_topk_cp"):
+    if view.problem.scores is not None and view.op.name in ("index_topk", "index_topk_cp", "index_topk_cp_table"):
         return view.problem.scores.to(view.device), None
     if "score" in view.run.outputs:
         return view.actual("score"), None

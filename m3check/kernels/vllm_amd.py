@@ -38,9 +38,15 @@ class Piece:
         return " + ".join(self.parts)
 
 
+NO_TABLE: Mapping[str, Any] = {}
+
+
 def _ranks_of(scores_of: Callable[[int, int], Tensor], exchange: Parts, heads: int, tokens: int, ranks: int, topk: int,
-              out: Tensor | None, seq_lens: Tensor, **how: int) -> Tensor:  # fmt: skip
-    """Each rank's keys of its own blocks, then each rank's merge of the heads that it owns, as the model deals them out."""
+              out: Tensor | None, seq_lens: Tensor, table: Mapping[str, Any] = NO_TABLE, **how: int) -> Tensor:  # fmt: skip
+    """Each rank's keys of its own blocks, then each rank's merge of the heads that it owns, as the model deals them out.
+
+    `table`: what a merge is told that writes a table of pages, too.
+    """
     import torch
 
     if out is None:
@@ -59,7 +65,7 @@ def _ranks_of(scores_of: Callable[[int, int], Tensor], exchange: Parts, heads: i
         own = slice(rank // replicas * share, rank // replicas * share + share)
         exchange["merge_topk_keys"](
             together[:, own], out[own, :tokens], seq_lens, query_len=how["query_len"], init_blocks=how["init_blocks"],
-            local_blocks=how["local_blocks"],
+            local_blocks=how["local_blocks"], **table,
         )  # fmt: skip
     return out[:, :tokens]
 
@@ -89,13 +95,41 @@ def _index_topk_cp(parts: Parts) -> Callable[..., Any]:
         score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
         decode_query_len: int, ranks: int, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        return _ranks_of(
-            lambda rank, world: score[..., rank::world], parts, score.shape[0], score.shape[1], ranks, topk, out, seq_lens,
-            query_len=decode_query_len, global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks,
-            local_blocks=local_blocks,
-        )  # fmt: skip
+        return _merged(
+            parts, score, seq_lens, max_seq_len, topk, init_blocks, local_blocks, decode_query_len, ranks, out, NO_TABLE
+        )
 
     return index_topk_cp
+
+
+def _index_topk_cp_table(parts: Parts) -> Callable[..., Any]:
+    def index_topk_cp_table(
+        score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
+        decode_query_len: int, ranks: int, attention_block_table: Tensor, sparse_block_table_out: Tensor,
+        sparse_context_lens_out: Tensor, block_page_stride: int, out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        table = {
+            "attention_block_table": attention_block_table,
+            "sparse_block_table_out": sparse_block_table_out,
+            "sparse_context_lens_out": sparse_context_lens_out,
+            "block_page_stride": block_page_stride,
+        }
+        return _merged(
+            parts, score, seq_lens, max_seq_len, topk, init_blocks, local_blocks, decode_query_len, ranks, out, table
+        )
+
+    return index_topk_cp_table
+
+
+def _merged(
+    parts: Parts, score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
+    decode_query_len: int, ranks: int, out: Tensor | None, table: Mapping[str, Any],
+) -> Tensor:  # fmt: skip
+    return _ranks_of(
+        lambda rank, world: score[..., rank::world], parts, score.shape[0], score.shape[1], ranks, topk, out, seq_lens,
+        table, query_len=decode_query_len, global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks,
+        local_blocks=local_blocks,
+    )  # fmt: skip
 
 
 def _page16_rebase(parts: Parts) -> Callable[..., Any]:
@@ -122,10 +156,14 @@ PIECES: Mapping[str, Piece] = {
         _page16_rebase,
     ),
     "index_topk_cp": Piece(_EXCHANGE, _index_topk_cp),
+    "index_topk_cp_table": Piece(_EXCHANGE, _index_topk_cp_table),
 }
 
-NEEDS: Mapping[str, str] = {"index_decode_table": "sparse_block_table_out"}
-"""A parameter without which a function is not the piece."""
+WRITES = "sparse_block_table_out"
+"""The parameter without which a function of a piece that makes a table writes none."""
+
+WRITERS: Mapping[str, str] = {"index_decode_table": "minimax_m3_index_decode", "index_topk_cp_table": "merge_topk_keys"}
+"""op: the function that writes its table."""
 
 
 def missing(op: str, ops: Path, arch: Arch, version: str) -> str | None:
@@ -134,13 +172,12 @@ def missing(op: str, ops: Path, arch: Arch, version: str) -> str | None:
         return f"{op} is a piece of vLLM's path on AMD; on {arch.name} production does not use it"
     for name, stem in PIECES[op].parts.items():
         functions = _parameters(ops / f"{stem}.py")
-        wanted = NEEDS.get(op)
         if name not in functions:
             return (
                 f"vllm {version} has no {name} in {stem.removeprefix('../../') if stem == LIFTED else f'amd/ops/{stem}'}.py"
             )
-        if wanted is not None and wanted not in functions[name]:
-            return f"vllm {version}: {name} takes no {wanted}: it selects, and writes no table"
+        if WRITERS.get(op) == name and WRITES not in functions[name]:
+            return f"vllm {version}: {name} takes no {WRITES}: it selects, and writes no table"
     return None
 
 

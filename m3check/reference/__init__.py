@@ -70,6 +70,7 @@ REFERENCES: Mapping[str, tuple[Callable[..., Any], str, str]] = {
     "index_insert": (index_insert, "index_k cached", "index_keys"),
     "page16_rebase": (page16_rebase, "requests", "slots blocks"),
     "index_topk_cp": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
+    "index_topk_cp_table": (index_topk, "scores requests topk init_blocks local_blocks", "ids"),
     "mqa_logits": (mqa_logits, "idx_q idx_k key_scale weights requests dtype", "logits"),
     "paged_mqa_logits": (mqa_logits, "idx_q idx_k key_scale weights requests dtype", "logits"),
     "mla_sparse": (mla_sparse, "q k topk_idx requests sm_scale dtype", "out lse"),

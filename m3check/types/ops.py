@@ -66,6 +66,14 @@ OPS: Mapping[str, Op] = {
         ),
         Op("index_decode_cp", "decode", ("ids",), "index_decode by several processes that share the blocks", family="amd"),
         Op("index_topk_cp", "decode", ("ids",), "selection by several processes: keys gathered and merged", family="amd"),
+        Op(
+            "index_topk_cp_table",
+            "decode",
+            ("ids", "pages", "context"),
+            "index_topk_cp whose merge writes the pages as well",
+            on_ids="sparse_pa_table_decode",
+            family="amd",
+        ),
         Op("index_insert", "prefill", ("index_keys",), "index keys written into their slots of a cache", family="amd"),
         Op("page16_rebase", "prefill", ("slots", "blocks"), "slots and page ids where a page has 16 tokens", family="amd"),
         Op(

@@ -30,7 +30,7 @@ def complaint(case: Case) -> str | None:
         return f"a table of pages is for one KV head; write h=1, got {case.kv_heads}"
     if case.layout == "nhd":
         return "layout=nhd orders the heads of the main cache, which is not read; known here: hnd, pool"
-    known = {"index_topk_cp": (*FILLS, "odd"), "index_insert": ("gauss", "wide")}.get(case.op, FILLS)
+    known = ("gauss", "wide") if case.op == "index_insert" else (*FILLS, "close", "odd") if case.op in GIVEN else FILLS
     if case.fill not in known:
         return f"fill={case.fill} does not go with {case.op}; known here: {', '.join(known)}"
     if case.dtype != case.cache_dtype and not (case.dtype == "bf16" and case.cache_dtype.startswith("fp8")):
@@ -59,7 +59,7 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> Mapping[str, A
         if case.fill == "wide":  # 2^-12 to 2^13, 6 bits of fraction: fp8 saturates, rounds, meets ties and goes under
             keys = draw("x_idx_k", keys.shape, case.dtype) * draw("x_size", keys.shape, case.dtype)
         return {"more": {"index_k": keys, "cached": cached}}
-    if case.op == "index_topk_cp":
+    if case.op in GIVEN:
         scores = draw("scores", (heads, queries, case.block_columns), "fp32")
         unseen = torch.arange(case.block_columns) >= torch.from_numpy(visible_blocks(case))[:, None]
         return {"scores": scores.masked_fill_(unseen.to(scores.device), float("-inf"))}
@@ -72,15 +72,18 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> Mapping[str, A
 def estimate(case: Case) -> Estimate:
     """Seconds; a row of a table costs as much as a row of a selection."""
     rows, ranks = case.total_queries * case.kv_heads, max(2, min(case.kv_heads, 4))
-    seconds = CALL + SELECT_ROW * rows * (ranks if case.op.endswith("_cp") else 1)
+    seconds = CALL + SELECT_ROW * rows * (ranks if "_cp" in case.op else 1)
     if "head_dim" in FAMILY.reads[case.op]:
         seconds += sum(SCORE_CHUNKS + SCORE_STEP * blocks(n) for n in case.kv_lens)
         seconds += case.total_tokens * case.head_dim * VALUE
     return Estimate(seconds, 0.05)
 
 
-TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode", "index_decode_table"})
+TABLES = frozenset({"sparse_pa_table", "sparse_pa_table_decode", "index_decode_table", "index_topk_cp_table"})
 """Ops that make a table of pages."""
+
+GIVEN = frozenset({"index_topk_cp", "index_topk_cp_table"})
+"""Ops that choose among scores which they are given."""
 
 FAMILY = Family(
     reads={
@@ -89,6 +92,7 @@ FAMILY = Family(
         "index_decode_table": _SCORE,
         "index_decode_cp": _SCORE - {"max_query_len"},
         "index_topk_cp": _SELECT,
+        "index_topk_cp_table": _SELECT | {"layout"},
         "index_insert": _INSERT,
         "page16_rebase": frozenset({"seed"}),
     },

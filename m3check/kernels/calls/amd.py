@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3check.kernels.calls import sparse
 from m3check.kernels.calls.family import BrokenContract, Calls, Physical, Taken, checked
-from m3check.types import BLOCK, Inputs, Kernel, blocks, skipped
+from m3check.types import BLOCK, OPS, Inputs, Kernel, blocks, skipped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +35,16 @@ _TABLE = "(table [T, topk * 8] int32, context lengths [T] int32)"
 _IDS = "[H, T, topk] int32, -1 in unused slots"
 _DECODE = ("idx_q", "index_kv_cache", "block_table", "seq_lens", "max_seq_len", "topk", "init_blocks", "local_blocks",
            "num_kv_heads", "decode_query_len")  # fmt: skip
+_GIVEN = ("score", "seq_lens", "max_seq_len", "topk", "init_blocks", "local_blocks", "decode_query_len", "ranks", "out")
+_WRITTEN = ("attention_block_table", "sparse_block_table_out", "sparse_context_lens_out", "block_page_stride")
+_BESIDE = "the table and the context lengths in the buffers given"
 
 SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "sparse_pa_table": (("topk_idx", "block_table", "query_req_id", "query_abs_pos", "block_page_stride"), _TABLE),
     "sparse_pa_table_decode": (("topk_idx", "block_table", "seq_lens", "decode_query_len", "block_page_stride"), _TABLE),
     "index_decode_table": (
-        (*_DECODE, "max_decode_query_len", "out", "attention_block_table", "sparse_block_table_out",
-         "sparse_context_lens_out", "block_page_stride", "completion_counter"),
-        f"{_IDS}; the table and the context lengths in the buffers given",
+        (*_DECODE, "max_decode_query_len", "out", *_WRITTEN, "completion_counter"),
+        f"{_IDS}; {_BESIDE}",
     ),
     "index_decode_cp": ((*_DECODE, "sm_scale", "ranks", "out"), _IDS),
     "index_insert": (("index_k", "index_cache", "index_slot_mapping"), "None: the cache holds the keys"),
@@ -50,11 +52,9 @@ SIGNATURES: Mapping[str, tuple[tuple[str, ...], str]] = {
         ("slot_mapping", "block_table", "block_size"),
         "(slots [T] int64, block table [R, columns] int32): a block has twice as many pages; negative slots are kept",
     ),
-    "index_topk_cp": (
-        ("score", "seq_lens", "max_seq_len", "topk", "init_blocks", "local_blocks", "decode_query_len", "ranks", "out"),
-        _IDS,
-    ),
-}  # fmt: skip
+    "index_topk_cp": (_GIVEN, _IDS),
+    "index_topk_cp_table": ((*_GIVEN, *_WRITTEN), f"{_IDS}; {_BESIDE}"),
+}
 
 FIRST_PAGE = 1
 """Page id 0 stands for a cell without a page, so that no request owns it."""
@@ -95,10 +95,10 @@ def physical(
         )
     if op in ("index_insert", "page16_rebase"):
         return _slots(kernel, inputs, world, pages)
-    like = replace(kernel, op="index_topk" if op == "index_topk_cp" else "index_decode")
+    like = replace(kernel, op="index_topk" if "score" in SIGNATURES[op][0] else "index_decode")
     made = sparse.physical(like, inputs, world, accepted, upstream)
     made.arguments |= arguments | {"attention_block_table": pages.table}
-    if op != "index_decode_table":
+    if "pages" not in OPS[op].outputs:
         return made
 
     def buffers(wanted: frozenset[str]) -> dict[str, Guard]:
