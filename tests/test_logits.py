@@ -48,7 +48,7 @@ def paged(*, shift=0, interleaved=False, last=0, fill=float("-inf"), **how):
                 keys = pages[:, : size * dim].reshape(-1, dim)
                 scale = pages[:, size * dim :].contiguous().view(torch.float32).flatten()
             for i in range(next_n):
-                seen = int(context_lens[r]) - next_n + i + 1 + last
+                seen = min(int(context_lens[r]) - next_n + i + 1 + last, max_model_len)
                 if seen > 0:
                     row, source = r * next_n + i, r * next_n + (i + shift) % next_n
                     k = keys[:seen].contiguous().view(q.dtype).float()
@@ -142,6 +142,21 @@ def test_wrong_kernels_over_pages_are_refused(what):
     how, check, hint = WRONG_PAGED[what]
     red = judged(PAGED, paged(**how))
     assert hint in red[check].hint
+
+
+def test_a_last_page_that_is_written_whole_is_refused():
+    """vLLM's limit is any number, so that a row may end within a page: what follows is the next row."""
+
+    def pages(**arguments):
+        rows, columns = len(arguments["weights"]), arguments["max_model_len"]
+        out = paged()(**arguments).flatten()
+        for row in range(rows):
+            seen = int(arguments["context_lens"][row // arguments["q"].shape[1]])
+            out[row * columns + seen : row * columns + -(-seen // 64) * 64] = float("-inf")
+        return out.view(rows, columns)
+
+    assert judged(PAGED, pages).keys() == {"logits"}
+    assert not judged(PAGED.replace("2x4,kv=131+64+0+65", "2,kv=131"), pages), "only a row that ends within a page shows it"
 
 
 def test_a_logit_that_a_bf16_sum_would_give_is_refused():

@@ -6,6 +6,7 @@ differ in the order of arguments and in what they return. Sources are told in do
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,18 @@ class Named:
     """Why it cannot run a case, as the end of a sentence that begins with its name; None where it can."""
     vendor: str = ""
     """Whose compiler its launch options are for; empty where they are anybody's."""
+    decodes: bool = False
+    """Reads fp8 codes as bytes, so that it runs where Triton does not have the dialect."""
+    warm_up: str = ""
+    """What its file calls before it serves, if it has that."""
+    warmed: Callable[[Function], Function] | None = None
+    """From that to a function with the keywords of a call."""
     profile: Profile = field(default_factory=lambda: Profile(partials="fp32"))
+
+    def warm_up_of(self, module: Any, inside: Callable[[Function], Function] = lambda same: same) -> Function | None:
+        """What the function's file has for a server to call first, put `inside`; it takes the keywords of a call."""
+        found = getattr(module, self.warm_up, None) if self.warmed else None
+        return self.warmed(inside(found)) if self.warmed and found else None
 
 
 def _xpu(function: Function) -> Function:
@@ -49,8 +61,10 @@ def _plain(function: Function) -> Function:
 
 
 def _paired(function: Function) -> Function:
+    fixed = _clean(function)
+
     def mqa_logits(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, starts: Tensor, ends: Tensor) -> Any:
-        return function(q, (k, k_scale), weights, starts, ends)
+        return function(q, (k, k_scale), weights, starts, ends, **fixed)
 
     return mqa_logits
 
@@ -63,12 +77,33 @@ def _flat(function: Function) -> Function:
 
 
 def _paged(function: Function) -> Function:
+    fixed = _clean(function)
+
     def paged_mqa_logits(
         q: Tensor, kv_cache: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, max_model_len: int
     ) -> Any:
-        return function(q, kv_cache, weights, context_lens, block_table, max_model_len)
+        return function(q, kv_cache, weights, context_lens, block_table, max_model_len, **fixed)
 
     return paged_mqa_logits
+
+
+def _clean(function: Function) -> dict[str, bool]:
+    """Asks for -inf outside each window of those versions that leave it to the caller."""
+    return {"clean_logits": True} if "clean_logits" in inspect.signature(function).parameters else {}
+
+
+def _warmed(function: Function) -> Function:
+    def warm_up(q: Tensor, **_: Any) -> Any:
+        return function(*q.shape[-2:], q.device)
+
+    return warm_up
+
+
+def _warmed_pages(function: Function) -> Function:
+    def warm_up(q: Tensor, kv_cache: Tensor, **_: Any) -> Any:
+        return function(*q.shape[-2:], kv_cache.shape[1], q.device)
+
+    return warm_up
 
 
 def _latent(case: Case) -> str | None:
@@ -91,9 +126,25 @@ def _e4m3fn(case: Case) -> str | None:
 NAMED: tuple[Named, ...] = (
     Named("triton_mla_sparse_attention", "mla_sparse", _plain, _latent),
     Named("triton_bf16_mla_sparse_interface", "mla_sparse", _xpu, _latent),
-    Named("fp8_mqa_logits_triton", "mqa_logits", _paired, _e4m3fn),
+    Named(
+        "fp8_mqa_logits_triton",
+        "mqa_logits",
+        _paired,
+        _e4m3fn,
+        decodes=True,
+        warm_up="warmup_fp8_mqa_logits_triton",
+        warmed=_warmed,
+    ),
     Named("fp8_mqa_logits_gfx942", "mqa_logits", _flat, _powers, "amd"),
-    Named("fp8_paged_mqa_logits_triton", "paged_mqa_logits", _paged, _e4m3fn),
+    Named(
+        "fp8_paged_mqa_logits_triton",
+        "paged_mqa_logits",
+        _paged,
+        _e4m3fn,
+        decodes=True,
+        warm_up="warmup_fp8_paged_mqa_logits_triton",
+        warmed=_warmed_pages,
+    ),
 )
 """In the order in which they are looked for."""
 

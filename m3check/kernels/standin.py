@@ -12,13 +12,20 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3check.arch import Arch
+
+
+class Capability(NamedTuple):
+    """As vLLM's platforms say it."""
+
+    major: int
+    minor: int
 
 
 class Platform:
@@ -40,6 +47,10 @@ class Platform:
         major, minor = self._arch.capability
         return capability == (major, minor) if isinstance(capability, tuple) else capability == major * 10 + minor
 
+    def get_device_capability(self, device_id: int = 0) -> Capability | None:
+        """The compute capability; AMD's targets have none that vLLM asks for."""
+        return Capability(*self._arch.capability) if self.is_cuda() else None
+
     def is_arch_support_pdl(self) -> bool:
         """Whether kernels are launched with programmatic dependent launch."""
         return self._pdl
@@ -57,6 +68,11 @@ class Modules:
         self._modules: dict[str, ModuleType] = {}
         self._outside: list[dict[str, ModuleType]] = []  # what was there when the world was entered, innermost last
         self._finder = _Finder(root, folder, executed)
+
+    @property
+    def executed(self) -> Mapping[str, Path]:
+        """Dotted name and file of each module that was read from the folder so far."""
+        return {name: Path(file) for name, module in self._modules.items() if (file := getattr(module, "__file__", None))}
 
     def load(self, name: str) -> ModuleType:
         """Import one kernel file by its dotted name."""
@@ -115,13 +131,15 @@ class Modules:
 class World(Modules):
     """vLLM's modules, for the kernel files below `vllm/models/minimax_m3/*/ops`."""
 
-    def __init__(self, folder: Path, arch: Arch, pdl: bool, more: Container[str] = ()) -> None:
-        """`more` names further modules that are executed."""
+    def __init__(self, folder: Path, arch: Arch, pdl: bool, further: tuple[str, ...] = ()) -> None:
+        """`further` are beginnings of names of more modules that are executed."""
         import triton
         import triton.language as tl
 
         kernels = "vllm.models.minimax_m3."
-        super().__init__("vllm", folder, lambda name: (name.startswith(kernels) and ".ops." in name) or name in more)
+        super().__init__(
+            "vllm", folder, lambda name: (name.startswith(kernels) and ".ops." in name) or name.startswith(further)
+        )
         for package in ("vllm", "vllm.utils", "vllm.models", "vllm.models.minimax_m3"):
             self.add(package)
         for branch in ("amd", "common", "nvidia"):
@@ -143,6 +161,7 @@ class World(Modules):
             round_up=lambda a, b: -(a // -b) * b,
             next_power_of_2=lambda n: 1 << max(0, n - 1).bit_length(),
         )
+        self.add("vllm.utils.platform_utils", num_compute_units=lambda device_id=0: arch.multiprocessors)
 
     @property
     def pdl(self) -> bool:

@@ -54,7 +54,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
             function = published.adapted(function)
         check_signature(op, function, f"{spec.text}: {name}")
         promises = profile or (published.profile if published else Profile())
-        warm_up = getattr(module, f"warm_up_{op}", None)
+        warm_up = getattr(module, f"warm_up_{op}", published.warm_up_of(module) if published else None)
         kernels[op] = Kernel(spec.text, op, name, promises, function, warm_up=warm_up)
     if not kernels:
         raise M3CheckError(f"{spec.text} defines no kernel; wanted functions named {', '.join(SIGNATURES)}")

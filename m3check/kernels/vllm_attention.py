@@ -48,7 +48,7 @@ def found(folder: Path) -> Mapping[str, tuple[named.Named, str]]:
     for name in FILES:
         path = folder / FOLDER / name
         if path.is_file():
-            stems |= dict.fromkeys(_defined(path, os.stat(path).st_mtime_ns), path.stem)
+            stems = dict.fromkeys(_defined(path, os.stat(path).st_mtime_ns), path.stem) | stems
     return {
         op: next((function, stems[name]) for name, function in named.of(op).items() if name in stems)
         for op in named.OPS_WITH_NAMES
@@ -77,7 +77,9 @@ def refusal(spec: Spec, main: Source, case: Case, arch: Arch, evidence: Evidence
     if function.vendor not in ("", arch.vendor) and evidence != "interpreted":
         return f"{function.name} is launched with options of {function.vendor}'s compiler, not for {arch.name}"
     sentence = function.refusal(case)
-    return f"{function.name} {sentence}" if sentence else cannot_compile(case, arch, evidence)
+    if sentence:
+        return f"{function.name} {sentence}"
+    return None if function.decodes else cannot_compile(case, arch, evidence)
 
 
 def _lacks(held: Source, op: str) -> str:
@@ -96,22 +98,23 @@ def put_in(
         return {}
     ops = found(held.folder)
     package = FOLDER.replace("/", ".")
-    world = World(held.folder, arch, pdl=False, more=frozenset(f"{package}.{Path(file).stem}" for file in FILES))
+    world = World(held.folder, arch, pdl=False, further=(f"{package}.",))
     for shell in ("vllm.v1", "vllm.v1.attention", package):
         world.add(shell)
-    hashes = {}
     for op in named.OPS_WITH_NAMES:
         if op not in ops:
             missing[op] = _lacks(held, op)
             continue
         function, stem = ops[op]
         try:
-            loaded = getattr(world.load(f"{package}.{stem}"), function.name)
+            module = world.load(f"{package}.{stem}")
         except Exception as error:  # a file of a checkout may import what only a whole vLLM has
             missing[op] = f"{stem}.py of vllm {held.version} does not import: {type(error).__name__}: {error}"
             continue
-        adapted = function.adapted(world.inside(loaded))
-        kernels[op] = Kernel(spec.text, op, function.name, function.profile, adapted)
-        path = held.folder / FOLDER / f"{stem}.py"
-        hashes[f"sha256 {FOLDER}/{stem}.py"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
+        adapted = function.adapted(world.inside(getattr(module, function.name)))
+        warm_up = function.warm_up_of(module, world.inside)
+        kernels[op] = Kernel(spec.text, op, function.name, function.profile, adapted, warm_up=warm_up)
+    return {
+        f"sha256 {path.relative_to(held.folder)}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in world.executed.values()
+    }

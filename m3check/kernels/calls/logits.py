@@ -31,7 +31,7 @@ PARAMETERS: Mapping[str, str] = {
     "kv_cache": f"[pages, {PAGE}, 1, D + 4] uint8, any page stride: {PAGE} · D bytes of keys, then {PAGE} fp32 scales",
     "context_lens": "[R] int32: visible tokens of each request, its queries included; 0 is a padded row",
     "block_table": "[R, columns] int32: page of each 64 tokens; past the last one, pages not to be read",
-    "max_model_len": "int: columns of the result",
+    "max_model_len": "int: columns of the result, at least the longest context; any number",
     "logits_out": "[T, N] (paged: [R · next_n, max_model_len]) fp32, any row stride: where to write the result (optional)",
 }
 
@@ -101,7 +101,9 @@ def physical(
         scales = inputs.more["key_scale"][request.tokens]
         cache[:, split:].unflatten(1, (PAGE, 4))[page, slot] = scales.view(torch.uint8).view(-1, 4)
     owned = pages.readable(twice)
-    columns = max(world.max_seq_len, -(-case.context // PAGE) * PAGE + PAGE)
+    # A batch of several requests fills its longest row to the last column, which is rarely the last of a page.
+    roomy = -(-case.context // PAGE) * PAGE + PAGE
+    columns = max(world.max_seq_len, case.context if case.context and len(case.kv_lens) > 1 else roomy)
     arguments |= {
         "q": query.clone().view(len(case.kv_lens), max(case.query_lens, default=1), case.heads, case.head_dim),
         "kv_cache": cache.unflatten(1, (PAGE, 1, case.head_dim + 4)),
