@@ -31,7 +31,7 @@ class Launches:
 
         @functools.wraps(kernel.function)
         def function(*args: Any, **keywords: Any) -> Any:
-            self.op = kernel.op
+            self.op = "" if kernel.library else kernel.op
             return kernel.function(*args, **keywords)
 
         return replace(kernel, function=function)

@@ -66,6 +66,8 @@ class Service:
         if command.get("sanitizer"):
             self.log = sanitize.Log(*command["sanitizer"])
         loaded = kernels.load(kernels.parse_spec(command["spec"]), arch, evidence, command["offline"])
+        if evidence == "device" and loaded.on_compile is not None:
+            loaded.on_compile(lambda began: send({"compiling": began}))
         self.session = runner.Session(
             arch, evidence, where, loaded, unrepaired, lambda began: send({"compiling": began}), heat=True
         )

@@ -16,6 +16,14 @@ from torch import Tensor
 TILE = 128
 
 
+def aligned(*tensors: Tensor, step: int = 16) -> bool:
+    """Rows and base at multiples of `step` bytes, as TMA and 16-byte loads need them; dimensions of size 1 count, too."""
+    return all(
+        t.stride(-1) == 1 and not t.data_ptr() % step and not any(s * t.element_size() % step for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
 def tiles(tokens: int) -> int:
     return -(-tokens // TILE)
 
@@ -32,9 +40,20 @@ class Model:
     def last_position(self, offset: int, i: int) -> int:
         return offset + i
 
+    def offset_of(self, plan: dict, request: int) -> int:
+        return plan["qo_offset"][request]
+
+    def scored(self, blocks: Tensor, sm_scale: float) -> Tensor:
+        """What is written of the largest dots [H, blocks], of which -inf is a block that is not seen."""
+        return blocks
+
     def pages_of(self, plan: dict, kv_indices: Tensor, request: int) -> Tensor:
         first, last = plan["kv_page_indptr"][request : request + 2]
         return kv_indices[first:last].long()
+
+    def by_token(self, max_score: Tensor, layout: str) -> Tensor:
+        """The scores as [T, H, K]."""
+        return max_score if layout == "THK" else max_score.permute(2, 0, 1)
 
     def ordered(self, ids: Tensor, score: Tensor) -> Tensor:
         return ids.sort().values
@@ -55,9 +74,20 @@ class Model:
         """Which slots of the id lists count [H, T, topk]."""
         return q2k >= 0
 
+    def counted(self, row_ptr: Tensor) -> Tensor:
+        """Where each row of the CSR ends [H, rows + 1]."""
+        return row_ptr
+
+    def page(self, page_table: Tensor, request: int, block: int) -> int:
+        return int(page_table[request, block])
+
     def merged(self, partial: Tensor, lse: Tensor) -> Tensor:
         """Partial outputs [blocks, G, D] (bf16) and their log-sum-exps [blocks, G] as one output [G, D] fp32."""
         return ((lse - lse.logsumexp(0)).exp()[..., None] * partial.float()).sum(0)
+
+    def first_page(self, plan: dict, row: int) -> int:
+        """Where a row's request begins in the flat page table."""
+        return int(plan["kv_page_indptr"][row])
 
     def decode_scales(self, k_scale: float, v_scale: float) -> tuple[float, float]:
         return k_scale, v_scale
@@ -92,6 +122,7 @@ class Model:
         assert q.dtype in (torch.bfloat16, torch.float8_e4m3fn)
         assert k.dim() == 4
         assert k.shape[1:] == (1, TILE, 128)
+        assert aligned(q, k, max_score)
         assert kv_indices.dtype == torch.int32
         assert kv_indices.numel() == plan["kv_page_indptr"][-1]
         (t, h, _), width = q.shape, plan["max_k_tiles"]
@@ -101,14 +132,14 @@ class Model:
         tile_rows = 128 if plan["max_qo_len"] <= 128 else 256
         for request, length in enumerate(plan["qo_segment_lens"]):
             start, kv = plan["qo_segment_offsets"][request], plan["kv_segment_lens"][request]
-            offset = plan["qo_offset"][request]
+            offset = self.offset_of(plan, request)
             keys = k[self.pages_of(plan, kv_indices, request), 0].float().flatten(0, 1)
             for i in range(length):
                 reached = min(kv, offset + (i // tile_rows + 1) * tile_rows)  # the macro tile's last row
                 dots = q[start + i].float() @ keys[: tiles(reached) * TILE].T
                 dots[:, self.last_position(offset, i) + 1 :] = -math.inf
                 blocks = dots.nan_to_num(nan=-math.inf, neginf=-math.inf).unflatten(1, (-1, TILE)).amax(-1)
-                scores[start + i, :, : blocks.shape[1]] = blocks
+                scores[start + i, :, : blocks.shape[1]] = self.scored(blocks, sm_scale)
         return None, max_score
 
     # Selection.
@@ -123,7 +154,7 @@ class Model:
         assert topk == 16
         assert force_begin_blocks + force_end_blocks <= topk
         assert block_table is None
-        scores = max_score if max_score_layout == "THK" else max_score.permute(2, 0, 1)
+        scores = self.by_token(max_score, max_score_layout)
         t, h, k = scores.shape
         assert k < 12288
         assert num_valid_pages.dtype in (torch.int32, torch.int64)
@@ -150,8 +181,7 @@ class Model:
         assert q2k_indices.dtype == cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         h, t, topk = q2k_indices.shape
         assert topk in (4, 8, 16, 32)
-        assert q2k_indices.stride(2) == 1
-        assert not any(stride % 4 for stride in q2k_indices.stride()[:2])
+        assert aligned(q2k_indices)
         assert cu_seqlens_q.shape == cu_seqlens_k.shape
         rows = row_map(cu_seqlens_k)
         assert total_rows >= len(rows)
@@ -172,7 +202,7 @@ class Model:
                 flat += listed.get(block, [])
                 row_ptr[head, block + 1] = len(flat)
             queries[head, : len(flat)] = torch.tensor(flat, dtype=torch.int32)
-        return row_ptr, queries, SimpleNamespace(capacity=total_rows)
+        return self.counted(row_ptr), queries, SimpleNamespace(capacity=total_rows)
 
     def sparse_atten_func(
         self, q, k, v, k2q_row_ptr, k2q_q_indices, topK, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -188,8 +218,10 @@ class Model:
         assert group in (1, 2, 4, 8, 16)
         assert topK in (4, 8, 16, 32)
         assert k2q_q_indices.shape[1] >= q.shape[0] * topK
-        assert page_table.stride(-1) == 1
-        assert seqused_k.dtype == torch.int32
+        assert all(t.is_contiguous() for t in (q, out, page_table, cu_seqlens_q, cu_seqlens_k, seqused_k))
+        assert aligned(q, k, v, out)
+        assert page_table.data_ptr() % 16 == 0
+        assert seqused_k.dtype == page_table.dtype == torch.int32
         out.zero_()
         starts, lengths = cu_seqlens_q.tolist(), seqused_k.tolist()
         listed: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -204,7 +236,7 @@ class Model:
             position = lengths[request] - (starts[request + 1] - starts[request]) + row - starts[request]
             parts = []
             for _, block in blocks:
-                page, seen = int(page_table[request, block]), position + 1 - block * TILE
+                page, seen = self.page(page_table, request, block), position + 1 - block * TILE
                 if seen > 0:
                     parts.append(attended(q[row, lanes], k[page, head, :seen], v[page, head, :seen], softmax_scale))
             if parts:
@@ -227,7 +259,9 @@ class Model:
         assert t == block_table.shape[0] * decode_query_len
         assert 1 <= decode_query_len <= max_decode_query_len
         assert h * max_decode_query_len <= 32
-        assert score_out.stride(2) == 1
+        assert aligned(idx_q, index_kv_cache, score_out)
+        assert block_table.stride(-1) == 1
+        assert seq_lens.is_contiguous()
         for request, length in enumerate(seq_lens.tolist()):
             keys = index_kv_cache[block_table[request, : tiles(length)].long()].float().flatten(0, 1)
             for i in range(decode_query_len if length else 0):
@@ -264,11 +298,13 @@ class Model:
         key = (len(seq_lens), decode_query_len, block_table.stride(0), num_q_heads, num_kv_heads)
         if key not in cache.plans:
             rows = torch.zeros(len(seq_lens) * decode_query_len, dtype=torch.int32)
-            info = {"kv_segment_lens": rows, "qo_offset": rows.clone()}
+            starts = [r * block_table.stride(0) for r in range(len(seq_lens)) for _ in range(decode_query_len)]
+            indptr = torch.tensor([*starts, block_table.numel()], dtype=torch.int32)
+            info = {"kv_segment_lens": rows, "qo_offset": rows.clone(), "kv_page_indptr": indptr}
             cache.plans[key] = (None, None, None, info)
             Model.refreshed(self, info, seq_lens_cpu, decode_query_len)
         self.refreshed(cache.plans[key][3], seq_lens, decode_query_len)
-        return SimpleNamespace(plan=cache.plans[key], page_table=block_table.view(-1), stride=block_table.stride(0))
+        return SimpleNamespace(plan=cache.plans[key], page_table=block_table.view(-1))
 
     def msa_cutlass_sparse_decode(
         self, query_fp8, kv_cache, topk, output, metadata, *, scale, q_scale_float, k_scale_float, v_scale_float
@@ -276,18 +312,20 @@ class Model:
         assert query_fp8.dtype == kv_cache.dtype == torch.float8_e4m3fn
         t, heads, d = query_fp8.shape
         assert tuple(topk.shape) == (t, kv_cache.shape[1], 16)
-        assert topk.is_contiguous()
+        assert all(tensor.is_contiguous() for tensor in (query_fp8, topk, output))
+        assert (output.shape, output.dtype) == (query_fp8.shape, torch.bfloat16)
+        assert aligned(query_fp8, kv_cache, output)
+        assert kv_cache.shape[2:] == (TILE, 2 * d)
         group, plan = heads // kv_cache.shape[1], metadata.plan[3]
-        dql = t // (len(metadata.page_table) // metadata.stride)
         k_scale, v_scale = self.decode_scales(k_scale_float, v_scale_float)
         for row, head in itertools.product(range(t), range(kv_cache.shape[1])):
-            request, position = row // dql, int(plan["qo_offset"][row])
+            first, position = self.first_page(plan, row), int(plan["qo_offset"][row])
             assert position < int(plan["kv_segment_lens"][row])
             ids = topk[row, head][topk[row, head] >= 0].tolist()
             assert ids == sorted(ids), "kv_block_indexes must ascend"
             assert topk[row, head, len(ids) :].eq(-1).all(), "-1 must be at the end"
             lanes = slice(head * group, (head + 1) * group)
-            tokens = [(metadata.page_table[request * metadata.stride + b], position + 1 - b * TILE) for b in ids]
+            tokens = [(metadata.page_table[first + b], position + 1 - b * TILE) for b in ids]
             kv = [kv_cache[int(page), head, : max(0, min(seen, TILE))].float() for page, seen in tokens]
             kv = torch.cat(kv) if kv else torch.zeros(0, 2 * d)
             if not len(kv):

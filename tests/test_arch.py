@@ -120,6 +120,19 @@ def test_each_op_of_a_chain_is_judged_by_its_own_instructions():
     assert launches.accumulator("nothing", sm90, "fp8").fraction_bits == 13, "a library: what the target has at worst"
 
 
+def test_what_a_library_launches_of_tritons_beside_says_nothing_of_its_sums():
+    sm90, launches = find_arch("sm90"), Launches()
+
+    def function():
+        launches.instructions.setdefault(launches.op, set())  # a launch without matrix instructions
+
+    kernel = Kernel("x", "sparse_attn_decode", "x", Profile(), function)
+    launches.following(replace(kernel, library=True)).function()
+    assert launches.accumulator("sparse_attn_decode", sm90, "fp8").fraction_bits == 13
+    launches.following(kernel).function()
+    assert launches.accumulator("sparse_attn_decode", sm90, "fp8") == FP32
+
+
 def operands(name, shape, generator):
     x = torch.randn(*shape, generator=generator, dtype=torch.float64)
     x = x * torch.exp2(torch.randint(-3, 4, x.shape, generator=generator).double())

@@ -114,8 +114,11 @@ def test_a_wrong_csr_is_told_by_its_place():
     lost[1, 5:] -= 1
     assert "row 4 of head 1" in (data.csr_fault(lost, queries, ids, starts_q, starts_k) or "")
     swapped = queries.clone()
-    swapped[0, [10, 11]] = swapped[0, [11, 10]]
+    swapped[0, [2, 70]] = swapped[0, [70, 2]]  # of rows 0 and 2
     assert "of head 0 is query" in (data.csr_fault(row_ptr, swapped, ids, starts_q, starts_k) or "")
+    turned = queries.clone()
+    turned[0, :3] = queries[0, :3].flip(0)
+    assert data.csr_fault(row_ptr, turned, ids, starts_q, starts_k) is None, "the order of one row's queries is free"
     fewer = data.csr_fault(row_ptr[:, :9], queries, ids, starts_q, starts_k)
     assert "rows, wanted 23" in (fewer or "")
     request_major = ids.clone()

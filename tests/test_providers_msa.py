@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -151,14 +152,91 @@ class EqualWeights(Model):
         return partial.float().mean(0)
 
 
-class ScalesDropped(Model):
+class OtherBase(Model):
+    """Log-sum-exps of base e merged as if their base were 2."""
+
+    def merged(self, partial, lse):
+        return super().merged(partial, lse * math.log(2))
+
+
+class KeyScaleDropped(Model):
     def decode_scales(self, k_scale, v_scale):
-        return 1.0, 1.0
+        return 1.0, v_scale
 
 
 class ValueScaleDropped(Model):
     def decode_scales(self, k_scale, v_scale):
         return k_scale, 1.0
+
+
+class ValueScaleTwice(Model):
+    def decode_scales(self, k_scale, v_scale):
+        return k_scale, v_scale * v_scale
+
+
+class Scaled(Model):
+    """OnlyScore of logits instead of dots."""
+
+    def scored(self, blocks, sm_scale):
+        return blocks * sm_scale
+
+
+class DeadZero(Model):
+    """Blocks that a row does not see, in a tile that others see, hold 0."""
+
+    def scored(self, blocks, sm_scale):
+        return blocks.nan_to_num(neginf=0.0)
+
+
+class FirstRequestsOffset(Model):
+    """One prefix length for a mixed batch."""
+
+    def offset_of(self, plan, request):
+        return plan["qo_offset"][0]
+
+
+class SelectedHeadMajor(Model):
+    """Scores of tokens, heads, tiles read as heads, tiles, tokens."""
+
+    def by_token(self, max_score, layout):
+        t, h, k = max_score.shape
+        return max_score.view(h, k, t).permute(2, 0, 1)
+
+
+class WrittenHeadMajor(Model):
+    """Ids of [T, H, topk] written as [H, T, topk]."""
+
+    def sparse_topk_select(self, *args, output, **options):
+        t, h, topk = output.shape
+        right = super().sparse_topk_select(*args, output=output.clone(), **options)
+        output.copy_(right.transpose(0, 1).reshape(t, h, topk))
+
+
+class Descending(Model):
+    def ordered(self, ids, score):
+        return ids.sort(descending=True).values
+
+
+class RowsOffByOne(Model):
+    def counted(self, row_ptr):
+        return torch.cat([row_ptr[:, :1], row_ptr[:, :-1]], dim=1)
+
+
+class OneTable(Model):
+    """Every request by the page table of the first."""
+
+    def page(self, page_table, request, block):
+        return int(page_table[0, block])
+
+    def first_page(self, plan, row):
+        return 0
+
+
+class HalvesExchanged(Model):
+    """Values taken for keys and keys for values."""
+
+    def sparse_atten_func(self, q, k, v, *args, **options):
+        return super().sparse_atten_func(q, v, k, *args, **options)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +259,58 @@ class ValueScaleDropped(Model):
         (BlockLost, FP8_ATTEND, "token"),
         (EqualWeights, ATTEND, "element"),
         (EqualWeights, FP8_ATTEND, "element"),
-        (ScalesDropped, CUTLASS, "element"),
-        (ValueScaleDropped, CUTLASS, "element"),
     ],
 )
 def test_a_model_with_a_plausible_mistake_is_red(wrong, case, check):
     result = run(wrong(), case)
     assert result.status is Status.FAILED, result.reason
     assert check in red(result), red(result)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "case", "check", "words"),
+    [
+        (Scaled, SCORE, "score", "the right one times 0.0883883 (a scale applied or lost)"),
+        (DeadZero, SCORE, "invisible_score", "2 cells of blocks that their query does not see hold a number, here 0"),
+        (FirstRequestsOffset, SCORE, "finite_score", "58 visible cells hold -inf"),
+        (SelectedHeadMajor, TOPK, "selection", "was taken and block"),
+        (WrittenHeadMajor, TOPK, "ids", "-1 before the end"),
+        (Descending, TOPK, "order", "ids are not in ascending order, which this kernel promises"),
+        (OtherBase, ATTEND, "token", "times its weight"),
+        (OneTable, ATTEND, "element", "request 1,"),
+        (HalvesExchanged, ATTEND, "element", "further off than rounding explains"),
+        (OneTable, CUTLASS, "element", "request 1,"),
+        (KeyScaleDropped, CUTLASS, "scale", "like a softmax scale off by +12"),
+        (ValueScaleDropped, CUTLASS, "scale", "like an output off by a factor 0.58"),
+        (ValueScaleTwice, CUTLASS, "scale", "like an output off by a factor 1.72"),
+    ],
+)
+def test_a_mistake_is_told_by_what_it_looks_like(wrong, case, check, words):
+    result = run(wrong(), case)
+    assert result.status is Status.FAILED, result.reason
+    told = [f"{f.where}: {f.hint}" for f in result.findings if f.check == check and f.status is Status.FAILED]
+    assert any(words in line for line in told), (told, red(result))
+
+
+TINY = ["index_score/q=1,kv=300,h=1", "index_decode_score/q=1,kv=300,h=1", "sparse_attn/q=1,kv=300,h=1,g=4,topk=4"]
+
+
+@pytest.mark.parametrize("case", TINY)
+def test_a_stride_that_means_nothing_reaches_no_library(case):
+    """The model refuses it, as MSA does or as its TMA descriptors do."""
+    held, parsed = session(Model()), cases.parse_id(case)
+    kernel = held.loaded.kernels[parsed.op]
+    bare = replace(kernel, function=kernel.function.__wrapped__)
+    for given, status in ((kernel, Status.PASSED), (bare, Status.FAILED)):
+        chosen = replace(held, loaded=replace(held.loaded, kernels={parsed.op: given}))
+        result = runner.run_one(parsed, chosen, PlanLine(case, parsed.op, "", "interpreted", None, ("strides",)), "")
+        assert {f.status for f in result.findings if f.check == "strides"} == {status}, result.reason
+
+
+@pytest.mark.parametrize("case", [f"{TINY[2]},layout=pool", f"{CUTLASS.replace('2177+129x15', '1x16')},layout=pool"])
+def test_rows_with_gaps_reach_no_library(case):
+    result = run(Model(), case)
+    assert result.status is Status.PASSED, result.reason
 
 
 def replaced(op, **words):
@@ -224,6 +346,12 @@ def test_a_wrong_csr_is_told_before_anything_attends_with_it():
     result = run(SlotLost(), ATTEND)
     assert result.status is Status.ERROR
     assert "CSR: row 8 of head 0 ends at 9, wanted 10" in result.reason
+
+
+def test_rows_of_a_csr_that_are_off_by_one_are_told():
+    result = run(RowsOffByOne(), ATTEND)
+    assert result.status is Status.ERROR
+    assert "CSR: row 1 of head 0 ends at 0, wanted 2" in result.reason
 
 
 def test_a_wrong_plan_is_told_before_anything_scores_by_it():

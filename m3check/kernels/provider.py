@@ -76,6 +76,8 @@ class Loaded:
     """Switches programmatic dependent launch on and off, where the kernels use it."""
     tiles: Sequence[tuple[str, Callable[[], AbstractContextManager[None]]]] = ()
     """Named tile sizes and split counts that must not change a result, and what sets each for a while."""
+    on_compile: Callable[[Callable[[bool], None]], None] | None = None
+    """Takes what is told before and after each call that may compile otherwise than by Triton, whose own hooks tell."""
     produced: Callable[[Case], Mapping[str, Kernel]] | None = None
     """All kernels, by op, that production runs for a case, where that depends on more than the target; else `kernels`."""
 

@@ -97,7 +97,7 @@ def call(kernel: Kernel, inputs: Inputs, session: Session, world: World | None =
         import torch
 
         torch.cuda.synchronize(session.device)
-        result.arithmetic = _arithmetic(inputs.case, launches, session.arch)
+        result.arithmetic = _arithmetic(kernel, inputs.case, launches, session.arch)
         return result
 
     if world is not None and world.poison == "garbage":
@@ -136,9 +136,9 @@ def sentence(error: BaseException) -> str:
     return f"{type(chain).__name__}: {text[:400]}{place}"
 
 
-def _arithmetic(case: Case, launches: Launches, arch: Arch) -> Arithmetic:
+def _arithmetic(kernel: Kernel, case: Case, launches: Launches, arch: Arch) -> Arithmetic:
     """How a call summed on a device: by the matrix instructions in the variants that ran, each op of a chain by its own."""
     chain = OPS[case.op].chain or (case.op,)
     queries = case.index_cache_dtype if OPS[case.op].chain and case.index_cache_dtype.startswith("fp8") else case.dtype
-    attended = launches.accumulator(chain[-1], arch, arch.kind(case.dtype))
+    attended = launches.accumulator(chain[-1], arch, arch.kind(kernel.profile.queries or case.dtype))
     return Arithmetic(launches.accumulator(chain[0], arch, arch.kind(queries)), attended, attended)

@@ -65,3 +65,5 @@ class Kernel:
     parts: Mapping[str, Kernel] = field(default_factory=dict)  # a chain's kernels, by op
     warm_up: Callable[..., Any] | None = None
     """What a server calls once before it serves, with the keywords of a call; other batches then compile nothing."""
+    library: bool = False
+    """Whether a library multiplies: Triton kernels that it launches besides keep its books and tell nothing of its sums."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from m3check.arch import Arch
 from m3check.kernels.flashinfer import attention, index
+from m3check.kernels.library import Clock, with_regular_strides
 from m3check.kernels.provider import Loaded, Spec, index_dtypes, with_chains
 from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, Profile
 
@@ -43,6 +44,10 @@ class Interface:
             raise M3CheckError(f"this flashinfer.msa_ops has no {', '.join(lost)}; flashinfer-python 0.7.2 has")
         return cls(**{name: getattr(module, name) for name in cls.__annotations__})
 
+    def timed(self, clock: Clock) -> Interface:
+        """The same functions; a clock stops while one of them, which may compile, is called."""
+        return Interface(**{name: clock.stopped(getattr(self, name)) for name in self.__annotations__})
+
 
 def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
     """See that the package is there, without importing it."""
@@ -62,8 +67,10 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         module = importlib.import_module("flashinfer.msa_ops")
     except Exception as error:
         raise M3CheckError(f"flashinfer.msa_ops does not import: {type(error).__name__}: {error}") from error
-    kernels, missing = with_chains(adapted(Interface.of(module), spec.text), {})
-    return Loaded(spec, kernels, missing, {"version": version, "from": path}, refusal=refusal)
+    clock = Clock()
+    kernels, missing = with_chains(adapted(Interface.of(module).timed(clock), spec.text), {})
+    description = {"version": version, "from": path}
+    return Loaded(spec, kernels, missing, description, refusal=refusal, on_compile=clock.listen)
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
@@ -88,7 +95,10 @@ def adapted(interface: Interface, provider: str) -> dict[str, Kernel]:
         "sparse_attn": ("msa_sparse_attention", ATTENTION, attention.prefill(interface)),
         "sparse_attn_decode": ("msa_sparse_decode_attention", ATTENTION, attention.decode(interface)),
     }
-    return {op: Kernel(provider, op, name, profile, function) for op, (name, profile, function) in made.items()}
+    return {
+        op: Kernel(provider, op, name, profile, with_regular_strides(function), library=True)
+        for op, (name, profile, function) in made.items()
+    }
 
 
 def refusal(op: str, case: Case) -> str | None:

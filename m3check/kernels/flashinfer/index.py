@@ -51,7 +51,9 @@ def topk(interface: Interface) -> Callable[..., Tensor]:
         rows = score.shape[1]
         first = (prefix_lens - cu_seqlens_q[:-1]).repeat_interleave(cu_seqlens_q.diff(), output_size=rows)
         position = first + torch.arange(rows, device=score.device, dtype=torch.int32)
-        return _selected(interface, score.transpose(1, 2).contiguous(), position, topk, init_blocks, local_blocks, out)
+        tile = torch.arange(score.shape[2], device=score.device)
+        scores = score.where(tile < _valid_pages(position)[:, None], float("-inf"))  # which msa_topk_select asks for
+        return _selected(interface, scores.transpose(1, 2).contiguous(), position, topk, init_blocks, local_blocks, out)
 
     return index_topk
 
@@ -134,6 +136,13 @@ def _scored(
     return scores
 
 
+def _valid_pages(position: Tensor) -> Tensor:
+    """Blocks that a query at each position sees, int32; one for a padded row, which has no position."""
+    import torch
+
+    return (position.clamp(min=0) // BLOCK + 1).to(torch.int32)
+
+
 def _selected(
     interface: Interface,
     scores: Tensor,
@@ -143,7 +152,7 @@ def _selected(
     local_blocks: int,
     out: Tensor | None,
 ) -> Tensor:
-    """Ids [H, T, topk] of scores [H, K, T]; a padded row, which has no position, is bounded as if it saw one block."""
+    """Ids [H, T, topk] of scores [H, K, T]; `position` [T] is each query's token position."""
     import torch
 
     heads, columns, rows = scores.shape
@@ -153,7 +162,7 @@ def _selected(
         interface.msa_topk_select(
             scores,
             topk,
-            num_valid_pages=(position.clamp(min=0) // BLOCK + 1).to(torch.int32),
+            num_valid_pages=_valid_pages(position),
             force_begin_blocks=begin,
             force_end_blocks=min(local_blocks, topk - begin),
             output=ids,

@@ -12,6 +12,7 @@ from m3check.arch import Arch
 from m3check.kernels.fmha_sm100 import index_decode, index_score, index_topk, sparse_attn, sparse_attn_decode
 from m3check.kernels.fmha_sm100.interface import Interface, imported
 from m3check.kernels.fmha_sm100.locate import locate
+from m3check.kernels.library import Clock, with_regular_strides
 from m3check.kernels.provider import Loaded, Spec, index_dtypes, with_chains
 from m3check.types import OPS, Case, Evidence, Kernel, Profile
 
@@ -47,10 +48,11 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
     if sentence is not None:
         return Loaded(spec, {}, dict.fromkeys(OPS, sentence))
     found = locate(spec)
-    kernels, missing = adapted(imported(found), spec.text)
+    clock = Clock()
+    kernels, missing = adapted(imported(found).timed(clock), spec.text)
     description = {"version": found.version, "from": found.origin, "package": found.package}
     all_kernels, all_missing = with_chains(kernels, missing)
-    return Loaded(spec, all_kernels, all_missing, description, refusal=refusal)
+    return Loaded(spec, all_kernels, all_missing, description, refusal=refusal, on_compile=clock.listen)
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
@@ -90,7 +92,7 @@ def adapted(interface: Interface, provider: str) -> tuple[dict[str, Kernel], dic
         "sparse_attn_decode": sparse_attn_decode.adapter,
     }
     kernels = {
-        op: Kernel(provider, op, name, PROFILES[op], makers[op](interface))
+        op: Kernel(provider, op, name, PROFILES[op], with_regular_strides(makers[op](interface)), library=True)
         for op, (name, _) in needs.items()
         if lacking[op] is None
     }

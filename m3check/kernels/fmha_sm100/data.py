@@ -57,11 +57,15 @@ def decode_fault(held: Any, before: Any, block_table: Tensor, seq_lens: Tensor, 
         return "decode plan: another object than for the step before, which has the same shape"
     if held.page_table.data_ptr() != block_table.data_ptr():
         return "decode plan: its page table is not the batch's block table"
-    lengths = seq_lens.tolist()
-    steps = [(n, n - decode_query_len + i) for n in lengths for i in range(decode_query_len)]
-    wanted = {"kv_segment_lens": [n for n, _ in steps], "qo_offset": [at for _, at in steps]}
+    rows = [(r, n, i) for r, n in enumerate(seq_lens.tolist()) for i in range(decode_query_len)]
+    width, plan = block_table.stride(0), held.plan[3]
+    wanted = {
+        "kv_segment_lens": [n for _, n, _ in rows],
+        "qo_offset": [n - decode_query_len + i for _, n, i in rows],
+        "kv_page_indptr": [r * width for r, _, _ in rows] + [len(seq_lens) * width],
+    }
     for field, values in wanted.items():
-        found = _numbers(held.plan[3][field])[: len(values)]
+        found = _numbers(plan[field])[: len(values)] if field in plan else values
         if found != values:
             return f"decode plan: {field} is {_short(found)}, wanted {_short(values)}"
     return None
@@ -98,20 +102,31 @@ def csr(topk_idx: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[T
 
 
 def csr_fault(row_ptr: Tensor, queries: Tensor, topk_idx: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> str | None:
-    """What is wrong with a CSR of build_k2q_csr, as a sentence. It may have further rows, which are empty."""
+    """What is wrong with a CSR of build_k2q_csr, as a sentence. It may have further rows, which are empty.
+
+    The order of a row's queries is free: nothing reads it, and MSA's builder has it from the order in which the lanes of a
+    warp are served.
+    """
+    import torch
+
     wanted, lists = csr(topk_idx, cu_seqlens_q, cu_seqlens_k)
     rows = wanted.shape[1]
     if row_ptr.shape[1] < rows:
         return f"CSR: {row_ptr.shape[1] - 1} rows, wanted {rows - 1}"
+    if bool(row_ptr[:, 0].any()):
+        return f"CSR: row_ptr begins with {row_ptr[:, 0].tolist()}, wanted zeros"
     wrong = row_ptr[:, :rows].long() != wanted
     if bool(wrong.any()):
         head, row = (int(i) for i in wrong.nonzero()[0])
         return f"CSR: row {row - 1} of head {head} ends at {int(row_ptr[head, row])}, wanted {int(wanted[head, row])}"
     for head, listed in enumerate(lists):
-        differ = queries[head, : len(listed)].long() != listed
+        of_row = torch.arange(rows - 1, device=listed.device).repeat_interleave(wanted[head].diff())
+        found = queries[head, : len(listed)].long()
+        found = found[(of_row * LARGEST + found).argsort()]
+        differ = found != listed
         if bool(differ.any()):
             at = int(differ.nonzero()[0])
-            return f"CSR: entry {at} of head {head} is query {int(queries[head, at])}, wanted {int(listed[at])}"
+            return f"CSR: entry {at} of head {head} is query {int(found[at])}, wanted {int(listed[at])}"
     return None
 
 

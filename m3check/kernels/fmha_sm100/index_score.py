@@ -42,11 +42,11 @@ def adapter(interface: Interface) -> Any:
     return index_score
 
 
-def unified(idx_q: Tensor) -> Tensor:
-    """A score buffer [T, H, TILES] fp32 as the metadata builder leaves it: -inf everywhere."""
+def unified(rows: Tensor) -> Tensor:
+    """A score buffer [T, H, TILES] fp32 for rows [T, H, …] as the metadata builder leaves it: -inf everywhere."""
     import torch
 
-    return torch.full((*idx_q.shape[:2], TILES), float("-inf"), device=idx_q.device)
+    return torch.full((*rows.shape[:2], TILES), float("-inf"), device=rows.device)
 
 
 def score_into(
@@ -112,6 +112,13 @@ def indexed(name: str, case: Case, dtypes: tuple[str, str]) -> str | None:
         return f"{name} needs head_dim 128, got {case.head_dim}"
     if dtypes[0] != dtypes[1] or dtypes[0] not in ("bf16", "fp8_e4m3fn"):
         return f"{name} multiplies bf16 or fp8_e4m3fn index queries with keys of the same dtype, got {' and '.join(dtypes)}"
+    return room(name, case)
+
+
+def room(name: str, case: Case) -> str | None:
+    """Why a context does not fit into production's score buffer."""
     if case.block_columns > TILES:
-        return f"{name} writes into production's {TILES} tiles, {TILES * BLOCK:,} tokens; this context has {case.context:,}"
+        return (
+            f"{name} has production's buffer of {TILES} tiles, {TILES * BLOCK:,} tokens; this context has {case.context:,}"
+        )
     return None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from m3check.kernels.fmha_sm100.locate import VENDORED, Found
+from m3check.kernels.library import Clock
 
 Function = Callable[..., Any]
 
@@ -51,6 +52,12 @@ class Interface:
         names = {name: function for name, (_, function) in {**_HERE, **_BESIDE}.items()}
         held = {name: getattr(module, function, None) for name, function in names.items()}
         return cls(**held, absent={name: f"there is no {names[name]}" for name, f in held.items() if f is None})
+
+    def timed(self, clock: Clock) -> Interface:
+        """The same functions; a clock stops while one of them, which may compile, is called."""
+        held = {name: getattr(self, name) for name in {**_HERE, **_BESIDE} if name != "plan_cache"}
+        told: dict[str, Any] = {name: clock.stopped(function) for name, function in held.items() if function is not None}
+        return replace(self, **told)
 
     def lacking(self, *names: str) -> str | None:
         """Why one of some functions is not there; None where all are."""

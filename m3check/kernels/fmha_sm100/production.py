@@ -26,6 +26,7 @@ from m3check.kernels.fmha_sm100 import (
 from m3check.kernels.fmha_sm100 import layer as msa_layer
 from m3check.kernels.fmha_sm100.interface import Interface, imported
 from m3check.kernels.fmha_sm100.locate import beside
+from m3check.kernels.library import Clock, with_regular_strides
 from m3check.kernels.provider import Loaded, with_chains
 from m3check.types import OPS, Case, Evidence, Kernel
 
@@ -94,11 +95,11 @@ class Dispatch:
         """From Triton's kernels and MSA's functions; prefill attention ignores the scales it is given, as in production."""
         msa, missing = adapted(interface, provider)
         if "sparse_attn" in msa:
-            function = sparse_attn.deaf_adapter(interface)
-            msa["sparse_attn"] = Kernel(provider, "sparse_attn", sparse_attn.NAME, PROFILES["sparse_attn"], function)
+            function = with_regular_strides(sparse_attn.deaf_adapter(interface))
+            msa["sparse_attn"] = replace(msa["sparse_attn"], function=function)
         wide = None
         if "index_topk" in msa and "index_decode_score" in triton:
-            function = index_decode.adapter(interface, triton["index_decode_score"].function)
+            function = with_regular_strides(index_decode.adapter(interface, triton["index_decode_score"].function))
             wide = Kernel(provider, "index_decode", TRITON_SCORED, PROFILES["index_decode"], function)
         layer = triton.get(LAYER)
         if layer is not None and isinstance(layer.function, vllm_layer.LayerMaker):
@@ -140,7 +141,8 @@ def with_msa(loaded: Loaded, folder: Path) -> Loaded:
     """A provider of Triton's kernels and, from the same folder that holds vllm/, MSA's where production selects them."""
     found = beside(folder, loaded.description["version"])
     assert found is not None
-    chosen = Dispatch.of(loaded.kernels, imported(found), loaded.spec.text)
+    clock = Clock()
+    chosen = Dispatch.of(loaded.kernels, imported(found).timed(clock), loaded.spec.text)
     refusal_of_triton = loaded.refusal
 
     def refusal(op: str, case: Case) -> str | None:
@@ -152,5 +154,6 @@ def with_msa(loaded: Loaded, folder: Path) -> Loaded:
         missing={**chosen.missing, **loaded.missing},
         description={**loaded.description, "note": note},
         refusal=refusal,
+        on_compile=clock.listen,
         produced=chosen.kernels,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from m3check.kernels.calls import BrokenContract
 from m3check.kernels.fmha_sm100 import data
 from m3check.kernels.fmha_sm100.interface import Interface
+from m3check.kernels.library import dense
 from m3check.types import BLOCK, Case
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ def attend(
     sm_scale: float,
     output: Tensor,
 ) -> None:
-    """Turn the id lists round (which queries does a block serve?) and attend; lengths are summed as the builder does."""
+    """Turn the id lists round (which queries does a block serve?) and attend; lengths are summed as the builder does.
+
+    Queries, page table and output are without gaps, as in production: for others MSA takes its older kernel, unasked.
+    """
     assert interface.build_csr is not None
     assert interface.attend is not None
     import torch
@@ -105,25 +109,26 @@ def attend(
     if fault is not None:
         raise BrokenContract(fault)
     keys, values = kv_cache.split(q.shape[2], dim=-1)
-    interface.attend(
-        q,
-        keys,
-        values,
-        row_ptr,
-        queries,
-        topK=topk_idx.shape[2],
-        blk_kv=BLOCK,
-        causal=True,
-        softmax_scale=sm_scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_query_len,
-        max_seqlen_k=max_seq_len,
-        page_table=block_table,
-        seqused_k=seq_lens,
-        schedule=schedule,
-        out=output,
-    )
+    with dense(output) as out:
+        interface.attend(
+            q.contiguous(),
+            keys,
+            values,
+            row_ptr,
+            queries,
+            topK=topk_idx.shape[2],
+            blk_kv=BLOCK,
+            causal=True,
+            softmax_scale=sm_scale,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_query_len,
+            max_seqlen_k=max_seq_len,
+            page_table=block_table.contiguous(),
+            seqused_k=seq_lens,
+            schedule=schedule,
+            out=out,
+        )
 
 
 def refusal(case: Case) -> str | None:

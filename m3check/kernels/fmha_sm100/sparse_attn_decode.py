@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from m3check.kernels.calls import BrokenContract
 from m3check.kernels.fmha_sm100 import data
 from m3check.kernels.fmha_sm100.interface import Interface
+from m3check.kernels.library import dense
 from m3check.types import BLOCK, Case
 
 if TYPE_CHECKING:
@@ -67,17 +68,18 @@ def adapter(interface: Interface) -> Any:
         fault = data.decode_fault(metadata, before, table, seq_lens, decode_query_len)
         if fault is not None:
             raise BrokenContract(fault)
-        run(
-            q.to(torch.float8_e4m3fn),
-            kv_cache,
-            topk_idx.transpose(0, 1).contiguous(),
-            output,
-            metadata,
-            scale=sm_scale,
-            q_scale_float=1.0,
-            k_scale_float=1.0 if k_scale is None else float(k_scale),
-            v_scale_float=1.0 if v_scale is None else float(v_scale),
-        )
+        with dense(output) as out:
+            run(
+                q.to(torch.float8_e4m3fn).contiguous(),
+                kv_cache,
+                topk_idx.transpose(0, 1).contiguous(),
+                out,
+                metadata,
+                scale=sm_scale,
+                q_scale_float=1.0,
+                k_scale_float=1.0 if k_scale is None else float(k_scale),
+                v_scale_float=1.0 if v_scale is None else float(v_scale),
+            )
 
     return sparse_attn_decode
 
