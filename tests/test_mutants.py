@@ -15,7 +15,7 @@ import pytest
 from m3check import arch, kernels
 from m3check.mutants import catalogue, controls, generic, processes, sampled, standard
 from m3check.mutants.mutant import Edit, Mutant, Outcome, content_key
-from m3check.mutants.review import judged, reviewed
+from m3check.mutants.review import elsewhere, judged, reviewed
 from m3check.mutants.sources import Sources, edited, load, sources
 from m3check.mutants.tables import percent
 from m3check.types import M3CheckError
@@ -171,7 +171,7 @@ def test_reviewed_survivors_count_against_the_score(tmp_path):
         f'[[mutant]]\nkey = "{mutants[1].key}"\nwhat = "a"\nverdict = "equivalent"\nreason = "same"\n'
         f'[[mutant]]\nkey = "{mutants[2].key}"\nwhat = "b"\nverdict = "accepted"\nreason = "no case"\n'
     )
-    outcomes = judged([Outcome(m, v) for m, v in zip(mutants, verdicts, strict=True)], reviewed(file))
+    outcomes = [judged(Outcome(m, v), reviewed(file), {}) for m, v in zip(mutants, verdicts, strict=True)]
     assert [o.verdict for o in outcomes] == ["killed", "equivalent", "accepted", "unreached"]
     assert percent(outcomes) == "33.3 %"
     both = f'keys = ["{mutants[1].key}", "{mutants[3].key}"]'
@@ -180,6 +180,37 @@ def test_reviewed_survivors_count_against_the_score(tmp_path):
     file.write_text(f'[[mutant]]\nkey = "{mutants[1].key}"\nwhat = "a"\nverdict = "equivalent"\nreason = " "\n')
     with pytest.raises(ValueError, match="no reason"):
         reviewed(file)
+
+
+def test_what_no_case_reaches_in_a_function_that_runs_elsewhere_is_not_counted(tmp_path):
+    file = tmp_path / "reviewed.toml"
+    entry = '[[elsewhere]]\nprovider = "vllm"\nfile = "amd/pages.py"\nfunctions = ["attend"]\nreason = "{}"\n'
+    file.write_text(entry.format("needs a library"))
+    edit = (Edit("amd/pages.py", 0, 1, b"x"),)
+
+    def found(verdict, provider="vllm", function="attend"):
+        mutant = Mutant(provider, "constant", "a", "a", content_key(verdict), edit, function=function)
+        return judged(Outcome(mutant, verdict), reviewed(file), elsewhere(file))
+
+    assert found("unreached").verdict == "elsewhere"
+    assert found("unreached").detail == "needs a library"
+    assert found("survived").verdict == "survived", "a case does reach it"
+    assert found("unreached", function="build").verdict == "unreached"
+    assert found("unreached", provider="triton").verdict == "unreached"
+    assert percent([found("unreached"), found("killed")]) == "100.0 %"
+    file.write_text(entry.format(" "))
+    with pytest.raises(ValueError, match="no reason"):
+        elsewhere(file)
+
+
+def test_functions_that_run_elsewhere_are_still_there():
+    try:
+        origin = sources(kernels.parse_spec("vllm==0.33.0"), arch.find_arch("gfx950"), offline=True)
+    except M3CheckError as error:
+        pytest.skip(f"the wheel is not in the cache: {error}")
+    for provider, file, function in elsewhere():
+        assert provider == origin.name
+        assert f"\ndef {function}(".encode() in origin.read(file), f"{file} has no {function}"
 
 
 def test_a_process_that_hangs_or_dies_costs_itself_alone():

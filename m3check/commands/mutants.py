@@ -26,7 +26,7 @@ def main(arguments: argparse.Namespace) -> int:
     from m3check import arch as arches
     from m3check import runner
     from m3check.mutants import processes, tables
-    from m3check.mutants.review import judged, reviewed
+    from m3check.mutants.review import elsewhere, judged, reviewed
 
     specs = tuple(arguments.kernels or ["triton"])
     options = RunOptions(
@@ -42,14 +42,14 @@ def main(arguments: argparse.Namespace) -> int:
     if evidence != "device":
         _interpret()
     talk(f"m3check: {why}")
-    entries = reviewed()
+    entries, places = reviewed(), elsewhere()
     started = time.monotonic()
     outcomes: list[Outcome] = []
     without: dict[str, list[Row]] = {}
     dropped: list[str] = []
 
     def known(outcome: Outcome) -> None:
-        outcomes.extend(judged([outcome], entries))
+        outcomes.append(judged(outcome, entries, places))
         if arguments.json:
             _write(Path(arguments.json), [tables.data(o) for o in outcomes])
 

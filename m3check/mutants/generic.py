@@ -117,6 +117,7 @@ def mutants(provider: str, file: str, source: bytes) -> list[Mutant]:
                     content_key(*identity, str(seen[identity])),
                     (Edit(file, start, end, site.new.encode()),),
                     lines=(first, last),
+                    function=function.name,
                 )
             )
     unique: dict[bytes, Mutant] = {}

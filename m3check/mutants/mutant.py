@@ -45,6 +45,8 @@ class Mutant:
     """Ops of a wrapper; empty for edits, which meet the cases that execute an edited line."""
     lines: tuple[int, int] = (0, 0)
     """First and last line of the edited statement."""
+    function: str = ""
+    """The function of the edited statement; empty for a wrapper."""
     where: str = "interpreted"
     shown_by: str = ""
     """The invariant that shows it, where only one can: cases that have it are met first."""
@@ -65,7 +67,7 @@ class Outcome:
 
     mutant: Mutant
     verdict: str
-    """killed, survived, equivalent, accepted, unreached, invalid; for a control green or red."""
+    """killed, survived, equivalent, accepted, unreached, elsewhere, invalid; for a control green or red."""
     check: str = ""
     """The check, or error, crashed, timeout, that killed it."""
     case: str = ""

@@ -1,9 +1,13 @@
-"""The mutants that nothing killed and that were looked at: `reviewed.toml`, by content hash, each with a reason."""
+"""The mutants that nothing killed and that were looked at: `reviewed.toml`, by content hash, each with a reason.
+
+Beside them stand whole functions that no op can execute on the machines that measure (`[[elsewhere]]`): their edits that
+no case reaches are told apart from those that the harness is blind for.
+"""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +15,9 @@ from m3check.mutants.mutant import Outcome
 
 FILE = Path(__file__).with_name("reviewed.toml")
 VERDICTS = ("equivalent", "accepted")
+
+Place = tuple[str, str, str]
+"""Provider, file, function."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +45,23 @@ def reviewed(file: Path = FILE) -> Mapping[str, Reviewed]:
     return entries
 
 
-def judged(outcomes: Sequence[Outcome], entries: Mapping[str, Reviewed]) -> list[Outcome]:
-    """The outcomes, with what was reviewed in place of `survived` and `unreached`."""
-    return [
-        replace(o, verdict=entries[o.mutant.key].verdict, detail=entries[o.mutant.key].reason)
-        if o.verdict in ("survived", "unreached") and o.mutant.key in entries
-        else o
-        for o in outcomes
-    ]
+def elsewhere(file: Path = FILE) -> Mapping[Place, str]:
+    """The functions that only other machines execute, each with its reason; raises ValueError for one without."""
+    places: dict[Place, str] = {}
+    for raw in tomllib.loads(file.read_text(encoding="utf-8")).get("elsewhere", []):
+        for function in raw["functions"]:
+            if not raw["reason"].strip():
+                raise ValueError(f"{file.name}: {function} has no reason")
+            places[raw["provider"], raw["file"], function] = raw["reason"]
+    return places
+
+
+def judged(outcome: Outcome, entries: Mapping[str, Reviewed], places: Mapping[Place, str]) -> Outcome:
+    """The outcome, with what was reviewed in place of `survived` and `unreached`."""
+    mutant = outcome.mutant
+    if outcome.verdict in ("survived", "unreached") and mutant.key in entries:
+        return replace(outcome, verdict=entries[mutant.key].verdict, detail=entries[mutant.key].reason)
+    place = mutant.provider, mutant.file, mutant.function
+    if outcome.verdict == "unreached" and place in places:
+        return replace(outcome, verdict="elsewhere", detail=places[place])
+    return outcome

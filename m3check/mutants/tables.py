@@ -14,7 +14,7 @@ ALIVE = ("survived", "accepted", "unreached")
 
 
 def score(outcomes: Sequence[Outcome]) -> tuple[int, int]:
-    """(killed, killed and alive): equivalent and invalid mutants are not counted, listed survivors are."""
+    """(killed, killed and alive): equivalent, invalid ones and those elsewhere are not counted, accepted ones are."""
     killed = sum(o.verdict == "killed" for o in outcomes)
     return killed, killed + sum(o.verdict in ALIVE for o in outcomes)
 
@@ -24,7 +24,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     from tabulate import tabulate
 
     rows = []
-    words = ("killed", "survived", "accepted", "unreached", "equivalent", "invalid")
+    words = ("killed", "survived", "accepted", "unreached", "elsewhere", "equivalent", "invalid")
     judged = [o for o in outcomes if o.mutant.kind != "control"]
     for provider in dict.fromkeys(o.mutant.provider for o in judged):
         mine = [o for o in judged if o.mutant.provider == provider]
