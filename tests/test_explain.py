@@ -19,6 +19,7 @@ from m3check.hypotheses.suspects import SUSPECTS, touching
 from m3check.kernels.provider import with_chains
 from m3check.mutants import wrappers as w
 from m3check.mutants.sources import wrapped
+from m3check.mutants.wrappers import caches, scores
 from m3check.paging import Run, World
 from m3check.types import Kernel, PlanLine, Profile, shade
 
@@ -84,9 +85,9 @@ def test_a_cause_with_the_rows_that_it_strikes():
         ("sparse_attn/q=3,kv=900,h=2,g=2,d=64,topk=4", "attend", "scale_dropped",
          {"sparse_attn": w.given(sm_scale=lambda k: 1.0)}),
         ("prefill/q=3,kv=900,h=2,g=2,d=64,topk=3", "score", "score_pages_halved",
-         {"index_score": w.given(block_table=w.repeated_pages)}),
+         {"index_score": w.given(block_table=caches.repeated_pages)}),
         ("prefill/q=3,kv=900,h=2,g=2,d=64,topk=3", "select", "select_first_head",
-         {"index_topk": w.after(w.shared_over_heads)}),
+         {"index_topk": w.after(scores.shared_over_heads)}),
         ("prefill/q=3,kv=900,h=2,g=2,d=64,topk=3", "attend", "output_halved",
          {"sparse_attn": w.after(lambda result, k: result.mul_(0.5))}),
     ],

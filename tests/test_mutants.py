@@ -15,8 +15,11 @@ import pytest
 from m3check import arch, kernels
 from m3check.mutants import catalogue, controls, generic, processes, sampled, standard
 from m3check.mutants.mutant import Edit, Mutant, Outcome, content_key
+from m3check.mutants.origins import sources
+from m3check.mutants.reach import Reach, reached
 from m3check.mutants.review import elsewhere, judged, reviewed
-from m3check.mutants.sources import Sources, edited, load, sources
+from m3check.mutants.rows import ROWS
+from m3check.mutants.sources import Sources, edited, load
 from m3check.mutants.tables import percent
 from m3check.types import M3CheckError
 
@@ -115,7 +118,7 @@ def test_a_sample_is_the_same_for_the_same_seed(edits):
 def test_every_row_of_the_catalogue_is_made_or_says_why_not(ours):
     found, without = catalogue.mutants(ours, "interpreted")
     named = {m.name.split()[0] for m in found}
-    interpreted = {row.name for row in catalogue.ROWS if row.where == "interpreted"}
+    interpreted = {row.name for row in ROWS if row.where == "interpreted"}
     assert named == interpreted - {"W7"}  # our kernels launch nothing dependently
     assert all(row.reason and (row.where in ("device", "elsewhere") or row.name == "W7") for row in without)
     assert len({m.key for m in found}) == len(found)
@@ -156,10 +159,99 @@ def test_every_tree_of_vllm_is_edited_in_a_copy_that_loads(tmp_path):
         assert origin.read(file) == source
 
 
+def of_sglang(name: str, target: str) -> Sources:
+    spec = kernels.parse_spec(name)
+    try:
+        kernels.prepare(spec, True)
+    except M3CheckError as error:
+        pytest.skip(f"SGLang's wheel is not in the cache: {error}")
+    return sources(spec, arch.find_arch(target), True)
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    """SGLang's sources on Hopper, and their edits."""
+    origin = of_sglang("sglang==0.5.23", "sm90")
+    return origin, [m for f in origin.files for m in generic.mutants("sglang", f, origin.read(f), origin.reach)]
+
+
+def test_sglang_is_edited_in_a_copy_that_loads_where_its_calls_reach(hopper, tmp_path):
+    origin, edits = hopper
+    launched = {"_gqa_share_sparse_fwd_kernel", "_decode_score_paged_kernel", "tile_ptrs_3d", "_compare_and_swap"}
+    others = {"_decode_score_kernel", "_decode_score_attn_kernel", "_merge_attn_out_kernel", "_score_shard"}
+    assert launched < origin.reach.functions
+    assert not others & origin.reach.functions
+    assert "_decode_score_kernel" in of_sglang("sglang==0.5.23", "sm100").reach.functions
+    assert "_decode_score_attn_kernel" in of_sglang("sglang_fused==0.5.23", "sm90").reach.functions
+    assert "decode/indexer_cp.py" in of_sglang("sglang==0.5.23", "gfx950").files
+    assert "decode/indexer_cp.py" not in origin.files
+    assert len(standard(edits)) > 300
+    assert not [m.text for m in edits if "qsink" in m.text]
+    rows, _ = catalogue.mutants(origin, "interpreted")
+    assert {"A12", "T3", "S2"} < {m.name.split()[0] for m in rows}  # wrappers go around anybody's kernels
+    file = "common/tile_ptr.py"
+    source = origin.read(file)
+    mutant = Mutant("sglang", "function", "", "", "", (Edit(file, 0, 0, b"raise RuntimeError('edited')\n"),))
+    with pytest.raises(M3CheckError, match="edited") as error:
+        load(origin, arch.find_arch("sm90"), "compiled", mutant, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert origin.read(file) == source
+    assert "index_topk" in load(origin, arch.find_arch("sm90"), "compiled", None, tmp_path).kernels
+
+
+REACHED = b"""
+def called(x, sink, n):
+    y = n + 1
+    if sink is not None and n > 2:
+        y = n + 3
+    elif not MODERN:
+        return early(x if MODERN else x + 4, n + 5)
+    y = n + 6
+    return table[x](y)
+
+def early(x, n):
+    return n + 7
+
+def launched(y):
+    return y + 8
+
+def unused(y):
+    return y + 9
+
+table = {0: launched}
+"""
+
+
+def test_what_calls_never_reach_is_not_edited():
+    def numbers(*conditions):
+        fixed = dict(conditions)
+        reach = reached([REACHED], ["called"], fixed)
+        changed = [m for m in generic.mutants("triton", "a.py", REACHED, reach) if m.kind == "arithmetic"]
+        return {int(m.text.split(" + ")[1].split()[0]) for m in changed}
+
+    assert numbers() == {1, 3, 4, 5, 6, 7, 8}
+    assert numbers(("sink is not None", False)) == {1, 4, 5, 6, 7, 8}
+    assert numbers(("sink is not None", True)) == {1, 3, 4, 5, 6, 7, 8}  # `and` stays open
+    assert numbers(("MODERN", True)) == {1, 3, 6, 8}
+    assert numbers(("MODERN", False), ("sink is not None", False)) == {1, 4, 5, 7}  # what follows a return
+    assert {m.text for m in generic.mutants("triton", "a.py", REACHED) if "unused" in m.text}
+    assert Reach({"a": True, "b": False}).truth(ast.parse("a or c", mode="eval").body) is True
+    assert Reach({"a": True, "b": False}).truth(ast.parse("not (a and b)", mode="eval").body) is True
+    assert Reach({"a": True}).truth(ast.parse("a and c", mode="eval").body) is None
+
+
 def test_what_was_reviewed_is_still_there(ours, edits):
     known = {m.key for m in (*edits, *catalogue.mutants(ours, "device")[0])}
     for entry in reviewed().values():
         if entry.what.startswith("triton "):
+            assert entry.key in known, f"{entry.what}: no mutant has the key {entry.key} any more"
+
+
+def test_what_was_reviewed_of_sglang_is_still_there(hopper):
+    origin, edits = hopper
+    known = {m.key for m in (*edits, *catalogue.mutants(origin, "interpreted")[0])}
+    for entry in reviewed().values():
+        if entry.what.startswith("sglang "):
             assert entry.key in known, f"{entry.what}: no mutant has the key {entry.key} any more"
 
 

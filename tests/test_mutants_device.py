@@ -16,7 +16,8 @@ from m3check import arch, cases, kernels, runner
 from m3check.kernels.locate import locate
 from m3check.mutants import catalogue, controls, launching, measure, processes
 from m3check.mutants.controls import swapped_slots
-from m3check.mutants.sources import edited, sources, wrapped
+from m3check.mutants.origins import sources
+from m3check.mutants.sources import edited, wrapped
 from m3check.types import M3CheckError, PlanLine, Profile, Status
 
 DECODE = CASES[5]

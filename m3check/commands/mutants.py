@@ -16,7 +16,7 @@ from m3check.config import RunOptions
 from m3check.types import OPS, M3CheckError
 
 if TYPE_CHECKING:
-    from m3check.mutants.catalogue import Row
+    from m3check.mutants.forms import Row
     from m3check.mutants.mutant import Mutant, Outcome
     from m3check.mutants.sources import Sources
 
@@ -105,7 +105,7 @@ def choose(origin: Sources, evidence: str, arguments: Any) -> tuple[list[Mutant]
     from m3check.mutants import catalogue, controls, generic, sampled, standard
 
     rows, without = catalogue.mutants(origin, evidence)
-    edits = [m for file in origin.files for m in generic.mutants(origin.name, file, origin.read(file))]
+    edits = [m for file in origin.files for m in generic.mutants(origin.name, file, origin.read(file), origin.reach)]
     words = [word.lower() for word in arguments.only or ()]
 
     def named(some: list[Mutant]) -> list[Mutant]:

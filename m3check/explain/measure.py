@@ -166,7 +166,8 @@ def _explained(killed: list[dict[str, Any]], shrink: bool) -> Any:
     from m3check import cases, interpret, kernels, runner
     from m3check.config import RunOptions
     from m3check.mutants import catalogue, processes
-    from m3check.mutants.sources import load, sources
+    from m3check.mutants.origins import sources
+    from m3check.mutants.sources import load
 
     torch.set_num_threads(1)
     interpret.install()

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from m3check.mutants import wrappers as w
-from m3check.mutants.catalogue import ATTENDING, SCORING, SELECTING, located
+from m3check.mutants.catalogue import located
 from m3check.mutants.mutant import Mutant, content_key
+from m3check.mutants.rows import ATTENDING, SCORING, SELECTING
 from m3check.mutants.sources import Sources
-from m3check.mutants.wrappers import Function, Keywords
+from m3check.mutants.wrappers import Function, Keywords, after, given
 from m3check.types import BLOCK, Case, Profile
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ _EXP2 = {
 def controls(origin: Sources) -> list[Mutant]:
     """The controls that suit a provider."""
     made = [
-        _around("N1 tied blocks swapped", SELECTING, w.after(swapped_ties), origin, profile=_free_ties),
-        _around("N2 another order of ids", ATTENDING, w.given(topk_idx=swapped_slots), origin, suits=_plain_lists),
+        _around("N1 tied blocks swapped", SELECTING, after(swapped_ties), origin, profile=_free_ties),
+        _around("N2 another order of ids", ATTENDING, given(topk_idx=swapped_slots), origin, suits=_plain_lists),
         _around("N3 pages permuted", (*SCORING, *ATTENDING), other_pages, origin, suits=_plain_lists),
     ]
     if origin.name == "triton":

@@ -25,7 +25,8 @@ from m3check.config import RunOptions
 from m3check.mutants import processes
 from m3check.mutants.kept import keep
 from m3check.mutants.mutant import Mutant, Outcome
-from m3check.mutants.sources import Sources, load, sources
+from m3check.mutants.origins import sources
+from m3check.mutants.sources import Sources, load
 from m3check.types import OPS, RED, Case, M3CheckError, PlanLine, Status
 
 SLOWER = 10.0

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from m3check.mutants.catalogue import Row
+from m3check.mutants.forms import Row
 from m3check.mutants.mutant import Outcome
 
 ALIVE = ("survived", "accepted", "unreached")
