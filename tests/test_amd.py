@@ -299,7 +299,9 @@ def scored(mistake=""):
     ):
         assert cache.is_contiguous()
         columns = (max_seq_len + 128 * world - 1) // (128 * world)
-        scores = torch.full((idx_q.shape[1], idx_q.shape[0], columns), float("-inf"))
+        scores = out[:, : idx_q.shape[0], :columns].fill_(float("-inf"))
+        if mistake == "buffer":
+            scores = scores.clone()
         for t in range(idx_q.shape[0]):
             length = int(seq_lens[t // query_len]) - query_len + t % query_len + 1
             for place in range(columns):
@@ -321,6 +323,9 @@ def test_context_parallel_scoring_is_held_to_the_selection_of_one_process(case):
     assert judged(case, scored(), MERGED) == (Status.PASSED, set())
     for mistake in ("rank", "sign"):
         assert judged(case, scored(mistake), MERGED)[0] is Status.FAILED, mistake
+    found = m3check.verify(case, scored("buffer"), MERGED, invariants=False)
+    assert found.status is Status.ERROR
+    assert "did not write its result into the buffer that it was given as out" in found.reason
 
 
 # A selector that writes the table itself.
@@ -489,6 +494,21 @@ def test_a_fused_table_is_judged_on_the_ids_beside_it():
 
 INSERT = "index_insert/q=9+3,kv=300+5,d=32"
 REBASE = "page16_rebase/q=9+3,kv=300+130"
+
+
+def test_a_table_that_is_not_written_into_the_buffer_of_the_step_is_refused():
+    def slots(slot_mapping, block_size):
+        return slot_mapping.where(slot_mapping < 0, slot_mapping // block_size * 2 * block_size + slot_mapping % block_size)
+
+    def rebased(keeps):
+        def table(block_table, out):
+            return torch.mul(block_table, 2, out=out) if keeps else block_table * 2
+
+        parts = {"minimax_m3_rebase_slots_to_page16": slots, "minimax_m3_rebase_block_table_to_page16": table}
+        return vllm_amd.PIECES["page16_rebase"].composed(parts)
+
+    assert judged(REBASE, rebased(True)) == (Status.PASSED, set())
+    assert m3check.verify(REBASE, rebased(False), invariants=False).status is Status.ERROR
 
 
 def saturated(key, dtype):

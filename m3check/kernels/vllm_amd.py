@@ -1,7 +1,6 @@
 """The pieces that vLLM's path on AMD adds to its kernels: tables for AITER's paged attention, context-parallel indexing.
 
-Most are functions of one file and keep m3check's keywords. Context parallelism is several, which production calls in each
-process of a group; here one process plays all of them in turn, and gathering is putting their keys one after the other.
+Most are functions of one file and keep m3check's keywords; what is several is put together in `vllm_amd_together`.
 """
 
 from __future__ import annotations
@@ -13,15 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from m3check.arch import Arch
+from m3check.kernels import vllm_amd_together as together
 from m3check.types import ODD_SCORES, Case, Profile
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from m3check.kernels.standin import World
-
-Parts = Mapping[str, Any]
-"""The functions of a piece, by name."""
 
 
 @dataclass(frozen=True)
@@ -30,114 +25,12 @@ class Piece:
 
     parts: Mapping[str, str]
     """function: its file in amd/ops; the first one gives the piece its parameters unless it is put together."""
-    composed: Callable[[Parts], Callable[..., Any]] | None = None
+    composed: Callable[[together.Parts], Callable[..., Any]] | None = None
 
     @property
     def name(self) -> str:
         """The functions as results name them."""
         return " + ".join(self.parts)
-
-
-NO_TABLE: Mapping[str, Any] = {}
-
-
-def _ranks_of(scores_of: Callable[[int, int], Tensor], exchange: Parts, heads: int, tokens: int, ranks: int, topk: int,
-              out: Tensor | None, seq_lens: Tensor, table: Mapping[str, Any] = NO_TABLE, **how: int) -> Tensor:  # fmt: skip
-    """Each rank's keys of its own blocks, then each rank's merge of the heads that it owns, as the model deals them out.
-
-    `table`: what a merge is told that writes a table of pages, too.
-    """
-    import torch
-
-    if out is None:
-        out = torch.empty(heads, tokens, topk, dtype=torch.int32, device=seq_lens.device)
-    gathered = []
-    for rank in range(ranks):
-        keys = torch.empty(heads, tokens, topk, dtype=torch.int64, device=seq_lens.device)
-        exchange["local_topk_keys"](
-            scores_of(rank, ranks), seq_lens, topk=topk, rank=rank, world=ranks, query_len=how["query_len"],
-            global_blocks=how["global_blocks"], init_blocks=how["init_blocks"], local_blocks=how["local_blocks"], out=keys,
-        )  # fmt: skip
-        gathered.append(keys)
-    together = torch.stack(gathered)
-    share, replicas = (heads // ranks, 1) if heads >= ranks else (1, ranks // heads)
-    for rank in range(ranks):
-        own = slice(rank // replicas * share, rank // replicas * share + share)
-        exchange["merge_topk_keys"](
-            together[:, own], out[own, :tokens], seq_lens, query_len=how["query_len"], init_blocks=how["init_blocks"],
-            local_blocks=how["local_blocks"], **table,
-        )  # fmt: skip
-    return out[:, :tokens]
-
-
-def _index_decode_cp(parts: Parts) -> Callable[..., Any]:
-    def index_decode_cp(
-        idx_q: Tensor, index_kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int,
-        init_blocks: int, local_blocks: int, num_kv_heads: int, decode_query_len: int, sm_scale: float, ranks: int,
-        out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        def scores_of(rank: int, world: int) -> Tensor:
-            scores: Tensor = parts["indexer_context_scores"](
-                idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, rank, world, decode_query_len, sm_scale
-            )
-            return scores
-
-        return _ranks_of(
-            scores_of, parts, num_kv_heads, idx_q.shape[0], ranks, topk, out, seq_lens, query_len=decode_query_len,
-            global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks, local_blocks=local_blocks,
-        )  # fmt: skip
-
-    return index_decode_cp
-
-
-def _index_topk_cp(parts: Parts) -> Callable[..., Any]:
-    def index_topk_cp(
-        score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
-        decode_query_len: int, ranks: int, out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        return _merged(
-            parts, score, seq_lens, max_seq_len, topk, init_blocks, local_blocks, decode_query_len, ranks, out, NO_TABLE
-        )
-
-    return index_topk_cp
-
-
-def _index_topk_cp_table(parts: Parts) -> Callable[..., Any]:
-    def index_topk_cp_table(
-        score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
-        decode_query_len: int, ranks: int, attention_block_table: Tensor, sparse_block_table_out: Tensor,
-        sparse_context_lens_out: Tensor, block_page_stride: int, out: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        table = {
-            "attention_block_table": attention_block_table,
-            "sparse_block_table_out": sparse_block_table_out,
-            "sparse_context_lens_out": sparse_context_lens_out,
-            "block_page_stride": block_page_stride,
-        }
-        return _merged(
-            parts, score, seq_lens, max_seq_len, topk, init_blocks, local_blocks, decode_query_len, ranks, out, table
-        )
-
-    return index_topk_cp_table
-
-
-def _merged(
-    parts: Parts, score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
-    decode_query_len: int, ranks: int, out: Tensor | None, table: Mapping[str, Any],
-) -> Tensor:  # fmt: skip
-    return _ranks_of(
-        lambda rank, world: score[..., rank::world], parts, score.shape[0], score.shape[1], ranks, topk, out, seq_lens,
-        table, query_len=decode_query_len, global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks,
-        local_blocks=local_blocks,
-    )  # fmt: skip
-
-
-def _page16_rebase(parts: Parts) -> Callable[..., Any]:
-    def page16_rebase(slot_mapping: Tensor, block_table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        slots = parts["minimax_m3_rebase_slots_to_page16"](slot_mapping, block_size)
-        return slots, parts["minimax_m3_rebase_block_table_to_page16"](block_table)
-
-    return page16_rebase
 
 
 LIFTED = "../../common/sparse_attention"
@@ -149,14 +42,14 @@ PIECES: Mapping[str, Piece] = {
     "sparse_pa_table": Piece({"minimax_m3_build_sparse_block_table_prefill": "sparse_pa"}),
     "sparse_pa_table_decode": Piece({"minimax_m3_build_sparse_block_table_decode": "sparse_pa"}),
     "index_decode_table": Piece({"minimax_m3_index_decode": "index_topk"}),
-    "index_decode_cp": Piece({"indexer_context_scores": "indexer_context_parallel", **_EXCHANGE}, _index_decode_cp),
+    "index_decode_cp": Piece({"indexer_context_scores": "indexer_context_parallel", **_EXCHANGE}, together.index_decode_cp),
     "index_insert": Piece({"minimax_m3_insert_index_cache": "sparse_pa"}),
     "page16_rebase": Piece(
         {"minimax_m3_rebase_block_table_to_page16": "sparse_pa", "minimax_m3_rebase_slots_to_page16": LIFTED},
-        _page16_rebase,
+        together.page16_rebase,
     ),
-    "index_topk_cp": Piece(_EXCHANGE, _index_topk_cp),
-    "index_topk_cp_table": Piece(_EXCHANGE, _index_topk_cp_table),
+    "index_topk_cp": Piece(_EXCHANGE, together.index_topk_cp),
+    "index_topk_cp_table": Piece(_EXCHANGE, together.index_topk_cp_table),
 }
 
 WRITES = "sparse_block_table_out"
