@@ -112,6 +112,7 @@ def _trial(kernel: Kernel, session: Session, inputs: Inputs, first: Run, setting
         return runner.guarded(kernel, way)
 
     trial = Trial(inputs, first, setting, call, judge, other)
+    trial.refuses = session.loaded.refuses
     trial.configurations, trial.unpin = _configurations(kernel, session)
     trial.tiles = session.loaded.tiles
     trial.watched = lambda same: runner.call(kernel, same, session)

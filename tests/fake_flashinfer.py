@@ -6,7 +6,7 @@ import itertools
 import math
 
 import torch
-from fake_fmha_sm100 import TILE, attended, tiles
+from fake_fmha_sm100 import TILE, aligned, attended, tiles
 
 
 class Model:
@@ -28,6 +28,17 @@ class Model:
     def attends(self, ids: list[int]) -> list[int]:
         return ids
 
+    def scored(self, best):
+        """What is written of a block's largest dot product."""
+        return best
+
+    def hidden(self):
+        """What is written of a block that is not seen."""
+        return -math.inf
+
+    def softmax(self, scale):
+        return scale
+
     def scaled(self, out, v_global_scale):
         return out if v_global_scale is None else out * v_global_scale
 
@@ -44,17 +55,20 @@ class Model:
         assert k.dtype in (q.dtype, torch.float8_e4m3fn)
         assert k.shape[1:] == (1, TILE, 128)
         assert k.is_contiguous()
+        assert aligned(q, k)
+        assert page_table.dtype == seqused_k.dtype == cu_seqlens_q.dtype == torch.int32
+        assert seqused_k.shape == page_table.shape[:1]
         t, h, _ = q.shape
         starts = cu_seqlens_q.tolist()
         assert max_seqlen_q >= max(b - a for a, b in itertools.pairwise(starts))
-        scores = torch.full((h, max_k_tiles, t), -math.inf)
+        scores = torch.full((h, max_k_tiles, t), self.hidden())
         for request, (first, last) in enumerate(itertools.pairwise(starts)):
             length = int(seqused_k[request])
             for row in range(first, last):
                 seen = self.limit(length - (last - first) + row - first)
                 for block in range(tiles(min(seen, length)) if seen > 0 else 0):
                     keys = k[self.page(page_table, request, block), 0, : max(0, min(TILE, seen - block * TILE))]
-                    scores[:, block, row] = (q[row].float() @ keys.float().T).amax(-1)
+                    scores[:, block, row] = self.scored((q[row].float() @ keys.float().T).amax(-1))
         return scores
 
     def msa_topk_select(self, max_score, topk, num_valid_pages=None, output=None, force_begin_blocks=0, force_end_blocks=0):
@@ -67,6 +81,9 @@ class Model:
         assert num_valid_pages.shape == (t,)
         assert num_valid_pages.is_contiguous()
         assert output.shape == (t, h, topk)
+        assert output.dtype == torch.int32
+        beyond = torch.arange(k)[:, None] >= num_valid_pages
+        assert max_score.permute(1, 2, 0)[beyond].eq(-math.inf).all(), "the caller sets invalid tiles to -inf"
         for row, head in itertools.product(range(t), range(h)):
             valid = min(max(self.bound(int(num_valid_pages[row])), 0), k)
             marked = max_score[head, :valid, row].clone()
@@ -100,8 +117,10 @@ class Model:
     def _attended(self, q, k, v, q2k_indices, rows, page_table, seqused_k, causal, softmax_scale, v_global_scale):
         assert causal
         assert q.is_contiguous()
+        assert aligned(q, k, v)
         assert q.dtype in (torch.bfloat16, torch.float16)
         assert k.dtype == v.dtype
+        softmax_scale = self.softmax(softmax_scale)
         assert k.dtype in (q.dtype, torch.float8_e4m3fn)
         assert k.shape == v.shape
         assert k.shape[2:] == (TILE, 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -97,6 +98,59 @@ class EqualWeights(Model):
         return partial.float().mean(0)
 
 
+class OtherBase(Model):
+    """Log-sum-exps of base e merged as if their base were 2."""
+
+    def merged(self, partial, lse):
+        return super().merged(partial, lse * math.log(2))
+
+
+class KeyScaleDropped(Model):
+    """The softmax scale of the head_dim, whatever is asked."""
+
+    def softmax(self, scale):
+        return 128**-0.5
+
+
+class ValueScaleTwice(Model):
+    def scaled(self, out, v_global_scale):
+        return super().scaled(super().scaled(out, v_global_scale), v_global_scale)
+
+
+class Scaled(Model):
+    """Scores of logits instead of dots."""
+
+    def scored(self, best):
+        return best * 128**-0.5
+
+
+class DeadZero(Model):
+    def hidden(self):
+        return 0.0
+
+
+class WrittenHeadMajor(Model):
+    """Ids of [T, H, topk] written as [H, T, topk]."""
+
+    def msa_topk_select(self, *args, output, **options):
+        right = super().msa_topk_select(*args, output=output.clone(), **options)
+        output.copy_(right.transpose(0, 1).reshape(output.shape))
+
+
+class NoLocal(Model):
+    def msa_topk_select(self, *args, force_end_blocks, **options):
+        return super().msa_topk_select(*args, force_end_blocks=0, **options)
+
+
+class FirstRequestsOffset(Model):
+    """One prefix length for a mixed batch."""
+
+    def msa_proxy_score(self, q, k, cu_seqlens_q, *, seqused_k, **options):
+        lens = cu_seqlens_q.diff()
+        same = lens + (seqused_k - lens)[0]
+        return super().msa_proxy_score(q, k, cu_seqlens_q, seqused_k=same.int(), **options)
+
+
 @pytest.mark.parametrize(
     ("wrong", "case", "check"),
     [
@@ -111,12 +165,28 @@ class EqualWeights(Model):
         (ValueScaleDropped, SCALED, "element"),
         (ValueScaleDropped, ATTEND_DECODE, "element"),
         (EqualWeights, ATTEND_DECODE, "element"),
+        (OtherBase, ATTEND, "element"),
+        (KeyScaleDropped, SCALED, "scale"),
+        (KeyScaleDropped, ATTEND_DECODE, "scale"),
+        (ValueScaleTwice, ATTEND_DECODE, "scale"),
+        (Scaled, SCORE, "score"),
+        (DeadZero, SCORE, "invisible_score"),
+        (WrittenHeadMajor, TOPK, "ids"),
+        (NoLocal, "index_topk/q=4,kv=2690,h=2,init=1,local=2", "forced"),
+        (FirstRequestsOffset, SCORE, "finite_score"),
     ],
 )
 def test_a_model_with_a_plausible_mistake_is_red(wrong, case, check):
     result = run(wrong(), case)
     assert result.status is Status.FAILED, result.reason
     assert check in red(result), red(result)
+
+
+@pytest.mark.parametrize("case", ["index_score/q=1,kv=300,h=1", "sparse_attn/q=1,kv=300,h=1,g=4,topk=4,ids=ascending"])
+def test_a_stride_that_means_nothing_reaches_no_library(case):
+    result = run(Model(), case, ("strides",))
+    assert result.status is Status.PASSED, result.reason
+    assert "strides" in {finding.check for finding in result.findings}
 
 
 @pytest.mark.parametrize(

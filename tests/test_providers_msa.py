@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import sys
@@ -12,7 +13,7 @@ import fake_vllm
 import pytest
 import torch
 from fake_fmha_sm100 import Model
-from test_indexer import launched
+from mixed_layers import launched
 from torch_kernels import RIGHT as RIGHT_TORCH
 
 from m3check import cases, invariants, kernels, power, runner
@@ -307,6 +308,29 @@ def test_a_stride_that_means_nothing_reaches_no_library(case):
         assert {f.status for f in result.findings if f.check == "strides"} == {status}, result.reason
 
 
+@pytest.mark.parametrize("case", ["index_decode_score/q=8,kv=300,h=4", "index_decode_score/q=2,kv=300,h=4"])
+def test_a_limit_that_the_kernel_refuses_is_not_asked_of_it(case):
+    """CuteDSL takes 32 index heads times drafts: those of the graph, too."""
+    result = run(Model(), case, ("room",))
+    assert result.status is Status.PASSED, result.reason
+    assert "room" in {finding.check for finding in result.findings}
+
+
+@pytest.mark.parametrize(
+    ("case", "asked", "left_out"),
+    [
+        ("index_topk/q=2+1,kv=2690+300,h=2,init=1", {"repeat", "other_init", "other_topk"}, {"other_topk"}),
+        ("index_decode/q=1,kv=2433,h=2", {"all_padded", "empty", "repeat", "other_topk"}, {"other_topk"}),
+        ("index_decode_score/q=1,kv=300,h=1", {"all_padded", "empty", "repeat"}, set()),
+    ],
+)
+def test_a_change_that_the_kernel_refuses_does_not_hide_the_others(case, asked, left_out):
+    """It has but one topk."""
+    result = run(Model(), case, tuple(asked))
+    assert result.status is Status.PASSED, result.reason
+    assert asked & {finding.check for finding in result.findings} == asked - left_out
+
+
 @pytest.mark.parametrize("case", [f"{TINY[2]},layout=pool", f"{CUTLASS.replace('2177+129x15', '1x16')},layout=pool"])
 def test_rows_with_gaps_reach_no_library(case):
     result = run(Model(), case)
@@ -454,7 +478,8 @@ def cached_world(version):
 def test_what_the_kernels_cannot_run_is_refused_with_a_sentence(case, says):
     parsed = cases.parse_id(case)
     assert says in (fmha_sm100.refuses(SPEC, parsed, ARCHS["sm100"], "device") or "")
-    assert says in (session(Model()).loaded.refuses(parsed) or "")
+    if "k_scale and" not in says:  # an invariant holds this prefill against CUTLASS decode of a scaled cache
+        assert says in (session(Model()).loaded.refuses(parsed) or "")
 
 
 def test_it_runs_on_its_own_gpus_only():
@@ -660,19 +685,60 @@ def test_prefill_and_decode_agree_where_scales_are_one(case):
     assert "same_as_prefill" in {finding.check for finding in result.findings}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=scalar",
-        "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=token",
-        "decode/q=2,kv=2305,h=1,g=2,cache=fp8_e4m3fn,scale=scalar",
-    ],
-)
-def test_a_prefill_that_ignores_scales_is_found_beside_a_decode_that_does_not(case):
-    """vLLM 0.33.0 on SM100: sparse_atten_func is given no scales, minimax_m3_sparse_attn_decode multiplies by them."""
-    result = run_pair(Model(), case, SAME)
+class Hearing(Model):
+    """A prefill whose caller folds k_scale into sm_scale; it multiplies by v_scale before it rounds."""
+
+    v_scale = 1.0
+
+    def merged(self, partial, lse):
+        return super().merged(partial, lse) * self.v_scale
+
+    def told(self, kernel):
+        """MSA's prefill kernel as a caller that minds the scales would call it."""
+
+        @functools.wraps(kernel.function)
+        def sparse_attn(*, sm_scale, k_scale, v_scale, **given):
+            self.v_scale = float(v_scale)
+            kernel.function(sm_scale=sm_scale * float(k_scale), **given)
+
+        return replace(kernel, function=sparse_attn)
+
+
+DECODES = {
+    "Triton": (run_pair, "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=scalar"),
+    "Triton, by token": (run_pair, "sparse_attn_decode/q=2,kv=700,h=2,g=2,topk=4,cache=fp8_e4m3fn,scale=token"),
+    "CuteDSL": (run_pair, "decode/q=2,kv=2305,h=1,g=2,cache=fp8_e4m3fn,scale=scalar"),
+    "CUTLASS": (run, CUTLASS),
+}
+
+
+@pytest.mark.parametrize(("by", "case"), DECODES.values(), ids=DECODES)
+def test_a_prefill_that_ignores_scales_is_found_beside_a_decode_that_does_not(by, case):
+    """vLLM 0.33.0 on SM100: sparse_atten_func is given no scales, and each of its decodes multiplies by them."""
+    result = by(Model(), case, SAME)
     assert result.status is Status.FAILED, result.reason
     assert red(result) == {"same_as_prefill"}
+
+
+@pytest.mark.parametrize("name", ["Triton", "CuteDSL", "CUTLASS"])
+def test_a_prefill_that_minds_the_scales_agrees_with_each_decode(name, monkeypatch):
+    by, case = DECODES[name]
+    model, original = Hearing(), fmha_sm100.adapted
+
+    def adapted(interface, provider):
+        made, missing = original(interface, provider)
+        return {**made, "sparse_attn": model.told(made["sparse_attn"])}, missing
+
+    monkeypatch.setattr(fmha_sm100, "adapted", adapted)
+    monkeypatch.setattr(production, "adapted", adapted)
+    result = by(model, case, SAME)
+    assert result.status is Status.PASSED, result.reason
+    assert "same_as_prefill" in {finding.check for finding in result.findings}
+
+
+def test_an_indexer_whose_prefill_scores_otherwise_than_cutedsl_is_found():
+    result = run_pair(Scaled(), "index_decode_score/q=2x2,kv=300+500,h=2", SAME)
+    assert red(result) == {"same_as_prefill"}, result.reason
 
 
 def test_the_prefill_itself_is_red_on_a_scaled_cache():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from m3check.checks.invariants.trial import Trial
 from m3check.paging import World
-from m3check.types import BLOCK, Case, Finding, Status
+from m3check.types import BLOCK, Finding, Status
 
 WORDS = {
     "poison": "memory that no live token owns held large numbers instead of NaN",
@@ -18,18 +19,18 @@ WORDS = {
 }
 
 
-def world_of(fields: Mapping[str, Any], case: Case) -> World:
-    """The World of an entry; layout `other` is one that the case does not have."""
-    fields = dict(fields)
+def world_of(fields: Mapping[str, Any], trial: Trial) -> World:
+    """The World of an entry; layout `other` is one that the case does not have and the kernel does not refuse."""
+    fields, case = dict(fields), trial.inputs.case
     if fields.get("layout") == "other":
-        fields["layout"] = "hnd" if case.layout == "pool" else "pool"
+        others = (layout for layout in ("pool", "hnd", "nhd") if layout != case.layout)
+        fields["layout"] = next((o for o in others if trial.refuses(replace(case, layout=o)) is None), "")
     return World(**fields)
 
 
 def physical(trial: Trial, entries: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """One call with all changes at once; where its result differs, one for each change tells which it was."""
-    case = trial.inputs.case
-    together = world_of({name: value for fields in entries.values() for name, value in fields.items()}, case)
+    together = world_of({name: value for fields in entries.values() for name, value in fields.items()}, trial)
     run = trial.call(trial.inputs, together)
     words = "; ".join(WORDS[name] for name in entries)
     finding = trial.same(next(iter(entries)), words, run)
@@ -38,7 +39,7 @@ def physical(trial: Trial, entries: Mapping[str, Mapping[str, Any]]) -> list[Fin
     if len(entries) == 1:
         return [finding]
     alone = [
-        trial.same(name, WORDS[name], trial.call(trial.inputs, world_of(fields, case))) for name, fields in entries.items()
+        trial.same(name, WORDS[name], trial.call(trial.inputs, world_of(fields, trial))) for name, fields in entries.items()
     ]
     if all(f.status is Status.PASSED for f in alone):  # only all of them together show it
         alone[0] = finding
@@ -101,12 +102,10 @@ DRAFTING = ("index_decode_score", "index_decode", "index_decode_table")
 def room(trial: Trial) -> list[Finding]:
     """Limits as of a graph that was captured for longer requests: max_seq_len, max_decode_query_len, wider tables."""
     case = trial.inputs.case
-    longest = max(case.query_lens)
-    world = World(
-        max_seq_len=case.context + 37 * BLOCK,
-        max_query_len=max(case.max_query_len, 2 * longest) if case.op in DRAFTING else 0,
-        columns=case.block_columns + 40,
-    )
+    drafts = max(case.max_query_len, 2 * max(case.query_lens)) if case.op in DRAFTING else 0
+    if drafts and trial.refuses(replace(case, max_query_len=drafts)) is not None:
+        drafts = 0
+    world = World(max_seq_len=case.context + 37 * BLOCK, max_query_len=drafts, columns=case.block_columns + 40)
     change = f"max_seq_len was {world.max_seq_len} instead of {max(case.context, 1)}"
     if world.max_query_len:
         change += f", max_decode_query_len {world.max_query_len}"

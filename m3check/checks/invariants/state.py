@@ -33,12 +33,17 @@ CHANGES: Mapping[str, Callable[[Inputs], tuple[str, Inputs]]] = {
 
 
 def sequence(trial: Trial, names: Sequence[str]) -> list[Finding]:
-    """A, then a call for each change of one scalar, each judged, then A again: the same bits as at first."""
+    """A, then a call for each change of one scalar, each judged, then A again: the same bits as at first.
+
+    A change that the kernel refuses is left out, and nothing is said of it.
+    """
     findings, between = [], []
     for name in names:
         if name not in CHANGES:
             continue
         words, inputs = CHANGES[name](trial.inputs)
+        if trial.refuses(inputs.case) is not None:
+            continue
         run = trial.call(inputs, World())
         between.append(words)
         change = f"a call with {words}, after one with the case's own value"

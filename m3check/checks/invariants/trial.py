@@ -15,7 +15,7 @@ from m3check.checks.outputs import OUTPUTS
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
 from m3check.paging import Run, World, words
-from m3check.types import OPS, Finding, Inputs, Status
+from m3check.types import OPS, Case, Finding, Inputs, Status
 
 UNPROMISED = "this kernel does not promise to bear that"
 
@@ -37,6 +37,8 @@ class Trial:
     """All comparisons of a run with the reference."""
     other: Callable[[str, Inputs], tuple[Run, list[Finding]]] | None = None
     """The provider's kernel of another op, judged by its own profile; raises M3CheckError where there is none."""
+    refuses: Callable[[Case], str | None] = lambda case: None
+    """Why the kernel cannot run a case."""
     configurations: Sequence[tuple[str, Callable[[], Any]]] = ()
     """Named configurations of the kernels behind this one, and what pins each."""
     unpin: Callable[[], Any] = lambda: None

@@ -67,6 +67,11 @@ def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | Non
     return None
 
 
+def suits(spec: Spec, invariant: str, case: Case, arch: Arch, evidence: Evidence) -> bool:
+    """Whether an invariant should rather be shown on a case: CUTLASS decode held against prefill on a scaled cache."""
+    return invariant == "same_as_prefill" and case.op == "sparse_attn_decode" and case.scales != "none"
+
+
 def compiles(spec: Spec) -> bool:
     """Whether it launches Triton kernels: no."""
     return False

@@ -38,7 +38,7 @@ def score_adapter(interface: Interface) -> Any:
         max_decode_query_len: int,
         score_out: Tensor,
     ) -> Tensor:
-        if not idx_q.shape[0]:
+        if not idx_q.shape[0] or not score_out.shape[2]:  # no query, or none that sees a block
             return score_out
         written: Tensor = score(
             idx_q,
@@ -99,9 +99,14 @@ def adapter(interface: Interface, score: Callable[..., Any]) -> Any:
     return index_decode
 
 
+def _drafts(case: Case) -> int:
+    """Query tokens of a request that the kernel is compiled for."""
+    return max([case.max_query_len, *case.query_lens])
+
+
 def too_wide(case: Case) -> bool:
     """Whether a case's tile is too wide for CuteDSL; production scores with Triton then."""
-    return case.kv_heads * max(case.max_query_len, *case.query_lens) > WIDEST
+    return case.kv_heads * _drafts(case) > WIDEST
 
 
 def refusal(case: Case, dtypes: tuple[str, str]) -> str | None:
@@ -109,6 +114,6 @@ def refusal(case: Case, dtypes: tuple[str, str]) -> str | None:
     if too_wide(case):
         return (
             f"{SCORE_NAME} takes at most {WIDEST} index heads times query tokens, got {case.kv_heads} x "
-            f"{max(case.max_query_len, *case.query_lens)}; production scores with Triton there (provider vllm)"
+            f"{_drafts(case)}; production scores with Triton there (provider vllm)"
         )
     return indexed(SCORE_NAME, case, dtypes)

@@ -94,9 +94,6 @@ class Dispatch:
     def of(cls, triton: Mapping[str, Kernel], interface: Interface, provider: str) -> Dispatch:
         """From Triton's kernels and MSA's functions; prefill attention ignores the scales it is given, as in production."""
         msa, missing = adapted(interface, provider)
-        if "sparse_attn" in msa:
-            function = with_regular_strides(sparse_attn.deaf_adapter(interface))
-            msa["sparse_attn"] = replace(msa["sparse_attn"], function=function)
         wide = None
         if "index_topk" in msa and "index_decode_score" in triton:
             function = with_regular_strides(index_decode.adapter(interface, triton["index_decode_score"].function))

@@ -1,6 +1,6 @@
 """`sparse_attn` by build_k2q_csr and sparse_atten_func, called as vLLM's MSA implementation calls them in prefill.
 
-It takes no k_scale and v_scale: production passes none, although its decode does multiply by them.
+It is given no k_scale and v_scale: production passes none, although its decode does multiply by them.
 """
 
 from __future__ import annotations
@@ -23,31 +23,7 @@ GROUPS = (1, 2, 4, 8, 16)
 
 
 def adapter(interface: Interface) -> Any:
-    """The op's function."""
-
-    def sparse_attn(
-        q: Tensor,
-        kv_cache: Tensor,
-        topk_idx: Tensor,
-        block_table: Tensor,
-        cu_seqlens_q: Tensor,
-        seq_lens: Tensor,
-        prefix_lens: Tensor,
-        max_query_len: int,
-        num_kv_heads: int,
-        sm_scale: float,
-        output: Tensor,
-    ) -> None:
-        if q.shape[0]:
-            lengths = cu_seqlens_q, seq_lens, max_query_len
-            attend(interface, q, kv_cache, topk_idx, block_table, lengths, num_kv_heads, sm_scale, output)
-
-    return sparse_attn
-
-
-def deaf_adapter(interface: Interface) -> Any:
-    """The op's function as the dispatch has it: given scales, it does without them, as production does."""
-    plain = adapter(interface)
+    """The op's function; given scales, it does without them, as production does."""
 
     def sparse_attn(
         q: Tensor,
@@ -64,8 +40,9 @@ def deaf_adapter(interface: Interface) -> Any:
         k_scale: Tensor | None = None,
         v_scale: Tensor | None = None,
     ) -> None:
-        lengths = cu_seqlens_q, seq_lens, prefix_lens, max_query_len
-        plain(q, kv_cache, topk_idx, block_table, *lengths, num_kv_heads, sm_scale, output)
+        if q.shape[0]:
+            lengths = cu_seqlens_q, seq_lens, max_query_len
+            attend(interface, q, kv_cache, topk_idx, block_table, lengths, num_kv_heads, sm_scale, output)
 
     return sparse_attn
 
@@ -132,7 +109,7 @@ def attend(
 
 
 def refusal(case: Case) -> str | None:
-    """Why sparse_atten_func cannot run a case; scales are for the caller to refuse."""
+    """Why sparse_atten_func cannot run a case. Scales are the caller's to refuse: a dispatch runs it on a scaled cache."""
     if case.head_dim != BLOCK:
         return f"{NAME} needs head_dim 128, got {case.head_dim}"
     if case.topk not in SLOTS:

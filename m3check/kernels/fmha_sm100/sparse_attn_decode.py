@@ -98,7 +98,7 @@ def refusal(case: Case) -> str | None:
         return f"{NAME} takes at most 4 KV heads and 64 query heads, got {case.kv_heads} and {case.heads}"
     if case.op != "decode" and case.ids != "ascending":
         return f"{NAME} reads ids in ascending order with -1 at the end, got ids={case.ids}"
-    if max(case.query_lens) > 32 or case.total_queries * case.heads > 65536:
+    if max(case.query_lens, default=0) > 32 or case.total_queries * case.heads > 65536:
         return f"{NAME} takes at most 32 query tokens a request and 65,536 rows of query heads"
     if len(case.query_lens) < FEWEST:
         return f"{NAME} runs from {FEWEST} requests on, got {len(case.query_lens)}; production decodes with Triton below"
