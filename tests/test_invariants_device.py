@@ -6,8 +6,8 @@ import inspect
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import mixed_layers
 import pytest
-import test_indexer
 import torch
 import torch_insert
 import torch_kernels as right
@@ -172,7 +172,7 @@ def served(replays, kind=Composed, case=STEP):
     functions["index_decode"] = select = replays.captured(into_the_buffer, "index_decode")
     known = inspect.signature(right.index_decode).parameters.values()
     select.__signature__ = inspect.Signature([*known, inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY)])
-    parts = {op: Kernel("user", op, op, PROFILE, test_indexer.launched(function)) for op, function in functions.items()}
+    parts = {op: Kernel("user", op, op, PROFILE, mixed_layers.launched(function)) for op, function in functions.items()}
 
     class Maker(ComposedMaker):
         def __call__(self, figures, buffers):
@@ -204,8 +204,8 @@ class Waits(Composed):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (test_indexer.HostLengths, "captured and replayed"),
-        (test_indexer.CopiedLate, "captured and replayed"),
+        (mixed_layers.HostLengths, "captured and replayed"),
+        (mixed_layers.CopiedLate, "captured and replayed"),
         (Waits, "not permitted when stream is capturing"),
     ],
 )

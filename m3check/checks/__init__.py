@@ -19,6 +19,7 @@ from m3check.checks import (
     integrity,
     logits,
     logsumexp,
+    metadata,
     mixed,
     pages,
     probes,
@@ -49,9 +50,9 @@ class Check:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("metadata", "", "a batch split or counted wrongly, row starts not rebased, lengths in memory that moves",
-          "attributes by other names", mixed.check_metadata),
-    Check("handover", "", "ids handed over in other rows, in another layout, or outside the persistent buffer",
+    Check("metadata", "", "a batch split or counted wrongly, row starts not rebased, other pages, lengths in memory that "
+          "moves", "attributes by other names", metadata.check_metadata),
+    Check("handover", "", "ids or scores in other rows of a persistent buffer, in another layout, or outside it",
           "implementations that return nothing", mixed.check_handover),
     Check("waits", "", "host code of a decode batch that waits for the device", "waits inside kernels and libraries",
           mixed.check_waits),
@@ -176,6 +177,6 @@ def refuses(
 
 
 def _stage(view: View, output: str) -> str:
-    """The op of a chain that gives an output."""
-    given = {name: op for op in reversed(view.op.chain) for name in OPS[op].outputs}
-    return given.get(output, view.op.chain[0] if output == "score" else view.op.name)
+    """The op of a chain that gives an output; in a mixed batch each part has its own."""
+    given = [op for op in view.op.chain if output in OPS[op].outputs]
+    return " or ".join(given) or (view.op.chain[0] if output == "score" else view.op.name)

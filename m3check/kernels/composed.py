@@ -66,6 +66,8 @@ class Composed:
         import torch
 
         self._parts, self._figures, self._buffers = parts, figures, buffers
+        scoring = (inspect.signature(parts[op].function) for op in ("index_score", "index_decode"))
+        self.keeps_scores = all("score_out" in signature.parameters for signature in scoring)
         self._prefix = torch.zeros(figures.max_requests, dtype=torch.int32, device=figures.device)
 
     def decodes(self, batch: Batch) -> int:

@@ -103,6 +103,9 @@ class Tensors:
 class Implementation(Protocol):
     """One layer's indexer and attention."""
 
+    keeps_scores: bool
+    """Whether each step leaves the scores of its rows in `Buffers.scores`."""
+
     def build(self, batch: Batch) -> tuple[Any, Any]:
         """Metadata of the indexer and of attention, read by the names of their attributes."""
 

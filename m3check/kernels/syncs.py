@@ -18,9 +18,18 @@ from torch.overrides import TorchFunctionMode
 READS = frozenset(
     {"item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__complex__", "cpu", "numpy", "__array__",
      "nonzero", "argwhere", "equal", "allclose", "masked_select", "unique", "unique_consecutive", "is_nonzero",
-     "__contains__"}
+     "__contains__", "__repr__", "__format__", "bincount"}
 )  # fmt: skip
 """Functions of torch that need the contents of a tensor, or how many of its elements are true, on the host."""
+
+SIZES = frozenset(
+    {"arange", "linspace", "zeros", "ones", "empty", "full", "new_zeros", "new_ones", "new_empty", "new_full", "narrow",
+     "view", "reshape", "expand", "repeat", "tile", "split", "chunk", "unfold", "full_like"}
+)  # fmt: skip
+"""Functions that need numbers on the host: where one of these is a tensor, its contents are read."""
+
+FACTORIES = frozenset({"arange", "linspace", "zeros", "ones", "empty", "full"})
+"""Those of them that are called on no tensor."""
 
 OWN = ("triton", "m3check/interpret", "m3check/compiled")
 """Packages whose reads are none of the kernel's host code: they stand in for a launch."""
@@ -65,9 +74,29 @@ class Watch(TorchFunctionMode):
             return any(str(x) == "cpu" for x in (*args[1:], *kwargs.values()) if isinstance(x, str | torch.device))
         if name == "copy_":
             return _storage(args[0]) in self._host or (args[1].is_cuda and not args[0].is_cuda)
-        if name in ("__getitem__", "__setitem__", "index_put_"):  # a mask is turned into places first
-            return any(x.dtype == torch.bool and self._is_device(x) for x in _tensors(args[1:2]))
+        if name in ("__getitem__", "__setitem__", "index_put_"):
+            return any(self._is_device(x) for x in _read_by_indexing(args[1:2]))
+        if name in SIZES:
+            return any(self._is_device(x) for x in _tensors((args if name in FACTORIES else args[1:], kwargs)))
+        if name in ("tensor", "as_tensor"):  # of a tensor itself, a copy where it lies; of a list, number by number
+            return isinstance(args[0], list | tuple)
+        if name == "where":  # of a condition alone: the places where it holds
+            return len(args) + len(kwargs) == 1
+        if name == "repeat_interleave":
+            repeats = kwargs.get("repeats", args[min(1, len(args) - 1)] if args else None)
+            return kwargs.get("output_size") is None and isinstance(repeats, Tensor) and self._is_device(repeats)
         return False
+
+
+def _read_by_indexing(index: Any) -> Iterator[Tensor]:
+    """Tensors of an index that the host must know: masks (turned into places first), single numbers, ends of slices."""
+    for each in index if isinstance(index, list | tuple) else (index,):
+        if isinstance(each, slice):
+            yield from _tensors(each)
+        elif isinstance(each, Tensor) and (each.dtype == torch.bool or not each.dim()):
+            yield each
+        elif isinstance(each, list | tuple):
+            yield from _read_by_indexing(each)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -83,6 +112,8 @@ def _tensors(held: Any) -> Iterator[Tensor]:
     elif isinstance(held, list | tuple):
         for value in held:
             yield from _tensors(value)
+    elif isinstance(held, slice):
+        yield from _tensors((held.start, held.stop, held.step))
 
 
 def _caller() -> str:

@@ -101,6 +101,8 @@ class LayerMaker:
 class Layer:
     """One attention layer with its indexer."""
 
+    keeps_scores = False
+
     def __init__(self, maker: LayerMaker, figures: Figures, buffers: Buffers) -> None:
         self._world, self._figures, self._buffers = maker.world, figures, buffers
         world, names = maker.world, maker.names

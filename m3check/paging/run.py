@@ -46,10 +46,15 @@ class Served:
     """Reads of device memory by host code, with their source lines."""
     slots: list[int] = field(default_factory=list)
     """Of each query token, where it is inserted in the main cache; -1 for nowhere."""
+    tables: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Of each cache group, `index` and `main`, the pages of each request."""
+    scores: Tensor | None = None
+    """[H, T, K]: the persistent score buffer after the step, of an implementation that keeps scores there."""
     unset: list[str] = field(default_factory=list)
     """Score buffers of the metadata that `build` did not fill with -inf."""
-    returned: list[tuple[str, list[int], bool, bool] | None] = field(default_factory=list)
-    """Of each id list that the indexer returned: part, shape, whether in the id buffer, whether equal to its rows there."""
+    returned: list[tuple[str, list[int], bool, int | None, bool] | None] = field(default_factory=list)
+    """Of each id list that the indexer returned: part, shape, whether in the id buffer, the row there that it begins in
+    (None of an empty one), whether equal to its rows there."""
 
 
 @dataclass

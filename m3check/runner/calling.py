@@ -43,6 +43,9 @@ class Session:
 class KernelRaised(Exception):
     """A kernel raised instead of answering."""
 
+    run: Run | None = None
+    """What a layer had done until then."""
+
 
 def inputs_for(kernel: Kernel, case: Case, device: str) -> Inputs:
     """A case's inputs; attention queries that a kernel rounds first are rounded before anybody sees them."""
@@ -121,7 +124,9 @@ def guarded(kernel: Kernel, run: Callable[[], Answer]) -> Answer:
     except M3CheckError:
         raise
     except Exception as error:
-        raise KernelRaised(f"{kernel.name} raised {sentence(error)}") from error
+        raised = KernelRaised(f"{kernel.name} raised {sentence(error)}")
+        raised.run = getattr(error, "run", None)
+        raise raised from error
 
 
 def sentence(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from m3check import power, rerun
 from m3check.compiled import evidence as compiled
-from m3check.runner.calling import KernelRaised, Session, first_call, inputs_for, sentence
+from m3check.runner.calling import KernelRaised, Session, first_call, inputs_for, sentence, setting_of
 from m3check.runner.judging import Judge, red, verdict
 from m3check.types import Case, Finding, Heat, Inputs, Kernel, M3CheckError, PlanLine, Result, Status, Sums
 
@@ -70,7 +70,12 @@ def _judge(
     case: Case, kernel: Kernel, session: Session, names: Sequence[str]
 ) -> tuple[list[Finding], Sums | None, Heat | None]:
     inputs = inputs_for(kernel, case, session.judged_on or session.device)
-    run, setting = first_call(kernel, _moved(inputs, session.device) if session.judged_on else inputs, session)
+    try:
+        run, setting = first_call(kernel, _moved(inputs, session.device) if session.judged_on else inputs, session)
+    except KernelRaised as error:
+        judged = Judge(inputs, setting_of(kernel, session))
+        told = judged(inputs, _moved(error.run, inputs.device.type)) if error.run is not None else []
+        raise KernelRaised(f"{error}{_built_wrongly(told)}") from error
     if session.judged_on:
         names, run = (), _moved(run, session.judged_on)
     judge = Judge(inputs, setting)
@@ -79,6 +84,11 @@ def _judge(
     if names and not red(findings):  # a result that is red already needs no further cause
         findings += rerun.findings(names, kernel, session, inputs, run, setting, judge)
     return findings, judge.sums(run) if session.evidence == "device" and not kernel.parts else None, heat
+
+
+def _built_wrongly(findings: Sequence[Finding]) -> str:
+    """Of a layer that raised: what is wrong in the metadata that its kernels were given."""
+    return "".join(f"; {f.where} {f.hint}" for f in findings if f.check == "metadata" and f.status is Status.FAILED)
 
 
 def _moved(value: Moved, device: str) -> Moved:

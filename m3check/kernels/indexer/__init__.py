@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,21 @@ from m3check.kernels.indexer.batches import Rows, earlier
 from m3check.kernels.indexer.memory import Memory
 from m3check.kernels.indexer.metadata import moved, plain, tensors, unset
 from m3check.kernels.serving import Implementation
-from m3check.types import Inputs, Kernel
+from m3check.types import Inputs, Kernel, M3CheckError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from m3check.kernels.contract import Observe
     from m3check.paging import Run, World
+
+
+class Interrupted(Exception):
+    """A step whose launches raised, which is the cause of this; `run` is what was seen until then."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("the step did not end")
+        self.run = run
 
 
 def call(kernel: Kernel, inputs: Inputs, world: World, observe: Observe | None = None) -> Run:
@@ -37,17 +46,26 @@ def call(kernel: Kernel, inputs: Inputs, world: World, observe: Observe | None =
     run = paging.Run({}, served=served)
     run.guards = [memory.ids, memory.scores, memory.output]
     run.frozen = [paging.Frozen.of(name, tensor) for name, tensor in memory.inputs(held)]
-    if observe is None:
-        returned = step.forward(metadata)
-    else:
-        with observe(memory.territories(held)) as seen:
+    raised: Exception | None = None
+    returned: Sequence[Tensor | None] = ()
+    with observe(memory.territories(held)) if observe else nullcontext() as seen:
+        try:
             returned = step.forward(metadata)
+        except M3CheckError:
+            raise
+        except Exception as error:  # what the kernels were given may say why
+            raised = error
+    if seen is not None:
         run.accesses = seen.accesses if seen.launches else None
     served.index, served.main = (plain(m) for m in metadata)
     served.returned = [_returned(name, part, memory) for name, part in zip(("decode", "prefill"), returned, strict=False)]
+    if step.implementation.keeps_scores:
+        served.scores = memory.scores.view[:, :tokens].clone()
     run.outputs["ids"] = memory.head_major[:, :tokens].clone()
     output = memory.output.view[:tokens]
     run.outputs["out"] = output.unflatten(1, (-1, inputs.case.head_dim)).clone()
+    if raised is not None:
+        raise Interrupted(run) from raised
     return run
 
 
@@ -90,6 +108,7 @@ class _Step:
         after = dict(tensors(second))
         self.served.moved = moved(before, after)
         self.served.slots = batch.slots.tolist()
+        self.served.tables = {"index": batch.index_table.tolist(), "main": batch.main_table.tolist()}
         self.served.unset = [name for name, tensor in after.items() if unset(tensor)]
         return first if self.world.earlier in ("stale", "captured") else second
 
@@ -124,15 +143,15 @@ class _Step:
         return returned
 
 
-def _returned(name: str, part: Tensor | None, memory: Memory) -> tuple[str, list[int], bool, bool] | None:
-    """(part, shape, whether it lies in the persistent buffer, whether it is that part's rows of it) of a returned list."""
+def _returned(name: str, part: Tensor | None, memory: Memory) -> tuple[str, list[int], bool, int | None, bool] | None:
+    """What `Served.returned` says of a returned list."""
     import torch
 
     if part is None:
         return None
+    whole, tokens = memory.head_major, memory.case.total_queries
     rows = sum(memory.case.query_lens[: memory.case.decodes])
-    tokens = memory.case.total_queries
-    wanted = memory.head_major[:, :rows] if name == "decode" else memory.head_major[:, rows:tokens]
-    fits = part.shape == wanted.shape and bool(torch.equal(part, wanted))
-    inside = part.untyped_storage().data_ptr() == memory.ids.view.untyped_storage().data_ptr()
-    return name, list(part.shape), inside, fits
+    wanted = whole[:, :rows] if name == "decode" else whole[:, rows:tokens]
+    inside = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    first = (part.storage_offset() - whole.storage_offset()) // whole.stride(1) if inside and part.numel() else None
+    return name, list(part.shape), inside, first, part.shape == wanted.shape and bool(torch.equal(part, wanted))

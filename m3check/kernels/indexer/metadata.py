@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-CAPTURED = (".prefix_lens", ".context_lens", ".unified_scores", ".topk_num_valid_pages", ".topk_prefix_lens",
-            ".topk_cu_seqlens_q", ".page16_slot_mapping")  # fmt: skip
-"""Tensors of metadata that a captured graph reads, beside those of the decoded part."""
+VIEWS = (".seq_lens", ".block_table", ".slot_mapping", ".prefix_lens", ".context_lens", ".unified_scores",
+         ".topk_num_valid_pages", ".topk_prefix_lens", ".topk_cu_seqlens_q", ".page16_slot_mapping")  # fmt: skip
+"""Tensors of metadata that are views of persistent memory in both parts, beside all of the decoded part."""
 
 
 def tensors(metadata: tuple[Any, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -49,12 +49,17 @@ def plain(held: Any) -> Any:
 
 
 def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
-    """Tensors that a captured graph reads and that do not lie where those of the batch before lay."""
+    """Views of persistent memory that do not lie where those of the batch before lay.
+
+    A view of another shape may begin elsewhere, behind another number of decoded requests, but in the same memory.
+    """
     found = []
     for name, tensor in after.items():
-        captured = ".decode." in name or name.endswith(CAPTURED)
         old = before.get(name)
-        if captured and old is not None and tensor.numel() and old.numel() and _storage(old) != _storage(tensor):
+        if old is None or not tensor.numel() or not old.numel() or not (".decode." in name or name.endswith(VIEWS)):
+            continue
+        elsewhere = old.shape == tensor.shape and old.data_ptr() != tensor.data_ptr()
+        if elsewhere or old.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             found.append(name)
     return found
 
@@ -62,7 +67,3 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 def unset(tensor: Tensor) -> bool:
     """Whether a score buffer that metadata hold was not filled with -inf, so that a block of nobody could be chosen."""
     return tensor.is_floating_point() and bool((tensor != float("-inf")).any())
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
