@@ -38,6 +38,7 @@ DENSE = f"{OP}/q=3,kv=70,h=2,g=2,layer=dense,queries=place"
 SKIPS = f"{OP}/q=2+1,kv=129+40,h=2,g=1,dtype=fp16,cache=fp8_e5m2,layout=pool,ids=skip_first,layer=skip_index,queries=fp8"
 MANY = next(line for line in listed("ci") if line.startswith(f"{OP}/q=300+1"))
 OTHER = f"{OP}/q=3+2,kv=200+129,h=2,g=2,rotary=32,ih=3,eps=1e-2"
+APART = f"{OP}/q=5+3,kv=130+70,h=1,g=2,icache=fp8_e4m3fn,ids=skip_apart"
 CASES = (SMALL, FP8, WIDE, DENSE, SKIPS, OTHER)
 
 _made: dict[str, object] = {}
@@ -124,6 +125,7 @@ def test_angles_are_those_of_m3_and_beside_them_is_nan():
         ("q=1,kv=1,ids=holes", "skip_all"),
         ("q=1,kv=1,layer=dense,cache=fp8_e5m2", "inserts nothing"),
         ("q=1,kv=1,layer=skip_index,icache=fp8_e4m3fn", "no index cache"),
+        ("q=1,kv=1,layer=skip_index,ids=skip_apart", "no index cache"),
         ("q=1,kv=1,cache=fp16", "dtype of the keys, bf16"),
         ("q=1,kv=1,icache=fp8_e5m2", "fp8_e4m3"),
         ("q=1,kv=1,topk=3", "does not read topk"),
@@ -364,6 +366,11 @@ def main_slots_for_index(keywords):
     keywords["index_slot_mapping"] = keywords["slot_mapping"]
 
 
+def index_keys_skip_by_main_slots(keywords):
+    slots = keywords["index_slot_mapping"]
+    keywords["index_slot_mapping"] = torch.where(keywords["slot_mapping"] < 0, -1, slots)
+
+
 def forgets_scale(keywords):
     keywords["q_fp8_scale"] = 1.0
 
@@ -400,6 +407,7 @@ def index_heads_as_kv_heads(keywords):
         (f"{SMALL},queries=place,ih=3", index_heads_as_kv_heads, "turned", "some of idx_q"),
         (SMALL, q_weight_for_k, "turned", "the norm weight of q"),
         (SMALL, main_slots_for_index, "guards", ""),
+        (APART, index_keys_skip_by_main_slots, "inserted", "`cached_idx_k`"),
         (FP8, forgets_scale, "turned", ""),
         (SMALL, q_in_place_too, "guards", "q head 0, channel 0 of token 0"),
         (SKIPS, does_not_skip, "guards", "idx_q head 0"),
@@ -409,7 +417,12 @@ def index_heads_as_kv_heads(keywords):
 def test_a_wrong_caller_or_place_is_red(text, change, check, words):
     found = judge(text, around(change))
     assert check in found
-    assert words in found[check].hint
+    assert words in f"{found[check].where} {found[check].hint}"
+
+
+def test_an_index_key_that_skips_by_the_main_slots_shows_only_where_slots_differ():
+    assert judge(FP8, around(index_keys_skip_by_main_slots)) == {}
+    assert judge(APART, steps.kernel()) == {}
 
 
 def test_nothing_written_is_red_everywhere():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m3check import paging
-from m3check.checks.turning import Emission, Stored, Turned, explained, turned
+from m3check.checks.turning import Emission, Stored, Turned, explained, kept, turned
 from m3check.checks.view import View
 from m3check.types import Finding, Status
 
@@ -37,13 +37,12 @@ def stored(view: View) -> dict[str, Stored]:
     if "stored" not in view.memo:
         dtypes, model = paging.stored(view.case), view.problem.more["x_q"].dtype
         right = expected(view)
-        kept = view.problem.more["kept"].to(view.device)
         found = {}
         for name in PLACES:
             if name not in view.run.outputs:
                 continue
             kind = {"q_codes": "q"}.get(name, name.removeprefix("cached_"))
-            rows = kept if name.startswith("cached") else torch.ones_like(kept)
+            rows = kept(view.problem.more, name).to(view.device)
             part = Turned(right[kind].value[rows], right[kind].bound[rows])
             scale = float(view.problem.more["q_scale"]) if name == "q_codes" else 1.0
             found[name] = Stored(view.actual(name)[rows], part, dtypes[name], model, scale)
@@ -79,9 +78,7 @@ def _worst(view: View, check: str, names: list[str]) -> Finding:
     used = shares[worst]
     row, head, channel = _place(used)
     actual, right = here[worst].actual[row, head, channel].item(), here[worst].turned.value[row, head, channel].item()
-    told = torch.arange(view.case.total_queries, device=view.device)
-    if worst.startswith("cached"):
-        told = told[view.problem.more["kept"].to(view.device)]
+    told = kept(view.problem.more, worst).nonzero().flatten()
     where = f"`{worst}` of {view.rows.name(int(told[row]))}, {PLACES[worst]} {head}, channel {channel}"
     wrong = used > 1.0
     hint = (
@@ -95,9 +92,7 @@ def _worst(view: View, check: str, names: list[str]) -> Finding:
 
 def chart(view: View, name: str) -> Tensor:
     """[T, heads, D] of how much of its bound each number of one output needs; tokens without a slot need none."""
-    rows = torch.ones(view.case.total_queries, dtype=torch.bool, device=view.device)
-    if name.startswith("cached"):
-        rows = view.problem.more["kept"].to(view.device)
+    rows = kept(view.problem.more, name).to(view.device)
     found = torch.zeros(view.actual(name).shape, dtype=torch.float64, device=view.device)
     found[rows] = explained({name: stored(view)[name]}, _rules(view))[name]
     return found

@@ -34,6 +34,12 @@ class Turned:
     bound: Tensor
 
 
+def kept(more: Mapping[str, Tensor], name: str) -> Tensor:
+    """[T] bool: the tokens whose numbers an output has; of a cache those with a slot in it."""
+    found = more["kept_idx" if name == "cached_idx_k" else "kept"]
+    return found if name.startswith("cached_") else torch.ones_like(found)
+
+
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Heads after their norm, in fp64."""
     x = x.double()

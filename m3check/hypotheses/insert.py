@@ -177,7 +177,7 @@ def _exchanged(ground: Ground) -> Outputs:
 def given(problem: Inputs, outputs: Outputs, emits: str) -> dict[str, Tensor]:
     """What a kernel without any error but the last rounding stores of `outputs`, in the buffers that its case has."""
     from m3check import paging
-    from m3check.checks.turning import nearest
+    from m3check.checks.turning import kept, nearest
     from m3check.kernels.calls.slots import written
 
     case, dtypes, found = problem.case, paging.stored(problem.case), {}
@@ -187,8 +187,7 @@ def given(problem: Inputs, outputs: Outputs, emits: str) -> dict[str, Tensor]:
             x = nearest(x, problem.more["x_q"].dtype)
         if name == "q_codes":
             x = x / float(problem.more["q_scale"])
-        if name.startswith("cached_"):
-            x = x * problem.more["kept"].to(x.device)[:, None, None]
+        x = x * kept(problem.more, name).to(x.device)[:, None, None]
         stored = nearest(x, dtype) + 0.0  # no zero has a sign: what differs in that alone is no other answer
         found[name] = stored.float() if dtype.itemsize == 1 else stored.to(dtype)
     return found

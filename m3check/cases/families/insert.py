@@ -32,8 +32,8 @@ LOUD = 4
 
 _TURN = 1 << 32
 
-SKIPS = frozenset({"skip_first", "skip_last", "skip_some", "skip_all"})
-"""Words of `ids`: which tokens have no slot, as padding has none."""
+SKIPS = frozenset({"skip_first", "skip_last", "skip_some", "skip_all", "skip_apart"})
+"""Words of `ids`: which tokens have no slot, as padding has none; by `skip_apart` not the same in both caches."""
 
 
 def complaint(case: Case) -> str | None:
@@ -52,6 +52,8 @@ def complaint(case: Case) -> str | None:
         return "layer=dense inserts nothing and has no index branch: cache, icache, ids, layout and ih must be left out"
     if case.layer == "skip_index" and case.index_cache_dtype != "bf16":
         return "layer=skip_index has no index cache: icache must be left out"
+    if case.ids == "skip_apart" and case.layer != "sparse":
+        return f"ids=skip_apart tells two caches apart, and layer={case.layer} has no index cache"
     if case.layer != "dense" and not case.cache_dtype.startswith("fp8") and case.cache_dtype != case.dtype:
         return f"a cache that is not fp8 has the dtype of the keys, {case.dtype}; got cache={case.cache_dtype}"
     index = case.index_cache_dtype
@@ -62,7 +64,8 @@ def complaint(case: Case) -> str | None:
 
 def make(case: Case, draw: Callable[..., Tensor], device: Any) -> dict[str, Any]:
     """`more`: fresh heads `x_*` [T, heads, 128] of q, k, v, idx_q and idx_k, their norm weights `w_*` [128] (v has none),
-    `cos_sin` [positions, rotary_dim], `positions` [T] int64, `kept` [T] bool (has a slot), `eps` and `q_scale` (0-d, fp64).
+    `cos_sin` [positions, rotary_dim], `positions` [T] int64, `kept` and `kept_idx` [T] bool (has a slot in the main cache,
+    in the index cache), `eps` and `q_scale` (0-d, fp64).
 
     A layer that works on no index branch has 0 heads of idx_q and idx_k.
     """
@@ -87,7 +90,7 @@ def make(case: Case, draw: Callable[..., Tensor], device: Any) -> dict[str, Any]
             more[f"w_{name}"] = draw(f"w_{name}", (case.head_dim,), case.dtype) * (LOUD if case.fill == "wide" else 1)
     more["positions"] = positions(case, device)
     more["cos_sin"] = table(more["positions"], more["x_q"].dtype, case.rotary_dim)
-    more["kept"] = kept(case).to(device)
+    more["kept"], more["kept_idx"] = kept(case).to(device), kept(case, shifted=1).to(device)
     more["eps"] = torch.tensor(float(case.eps), dtype=torch.float64)
     more["q_scale"] = torch.tensor(7 / 64 if case.queries in ("fp8", "both") else 1.0, dtype=torch.float64)
     return {"more": more}
@@ -101,8 +104,8 @@ def positions(case: Case, device: Any) -> Tensor:
     return torch.cat(parts).to(device)
 
 
-def kept(case: Case) -> Tensor:
-    """Which rows [T] bool have a slot."""
+def kept(case: Case, shifted: int = 0) -> Tensor:
+    """Which rows [T] bool have a slot; `skip_apart` leaves out those that stand so many further."""
     import torch
 
     row = torch.arange(case.total_queries)
@@ -112,6 +115,7 @@ def kept(case: Case) -> Tensor:
         "skip_last": row < len(row) - 1,
         "skip_some": row % 3 != 1,
         "skip_all": row < 0,
+        "skip_apart": row % 3 != 1 + shifted,
     }[case.ids]
 
 

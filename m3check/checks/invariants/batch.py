@@ -126,5 +126,5 @@ def reordered(inputs: Inputs, dead: bool = False) -> Inputs:
     made, _ = assembled(inputs, parts)
     if dead and "kept" in made.more:  # tokens of an insert that are padding now: they have no slot
         kept = torch.arange(made.case.total_queries, device=made.device) >= parts[0].stop
-        made = replace(made, more={**made.more, "kept": made.more["kept"] & kept})
+        made = replace(made, more={**made.more, **{name: made.more[name] & kept for name in ("kept", "kept_idx")}})
     return made

@@ -34,7 +34,7 @@ def scale(trial: Trial) -> list[Finding]:
 def _readings(trial: Trial) -> list[tuple[str, Inputs, str]]:
     """(op, inputs, words) of each reader."""
     case, out, more = trial.inputs.case, trial.first.outputs, trial.inputs.more
-    kept = more["kept"].to(out["k"].device)
+    kept = (more["kept"] & more["kept_idx"]).to(out["k"].device)
     tokens, dtypes = int(kept.sum()), paging.stored(case)
     model = more["x_q"].dtype
 

@@ -14,7 +14,7 @@ from m3check.checks.outputs import OUTPUTS
 from m3check.paging import Run, words
 from m3check.types import Inputs, Request, blocks
 
-BY_TOKEN = frozenset({"x_q", "x_k", "x_v", "x_idx_q", "x_idx_k", "positions", "kept", "weights"})
+BY_TOKEN = frozenset({"x_q", "x_k", "x_v", "x_idx_q", "x_idx_k", "positions", "kept", "kept_idx", "weights"})
 """What of `Inputs.more` has an entry for each query token."""
 
 

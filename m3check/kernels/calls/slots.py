@@ -150,7 +150,7 @@ def physical(inputs: Inputs, world: World) -> Physical:
     if indexes:
         first = paging.far_page(replace(few, layout="hnd"), True) if world.far else 0
         pages = Pages.shuffled(few, "index", device, world, first)
-        given["index_slot_mapping"] = _slots(few, pages, more["kept"])
+        given["index_slot_mapping"] = _slots(few, pages, more["kept_idx"])
         guards["index_cache"] = _index_cache(case, pages, given["index_slot_mapping"], world)
         given["index_q_norm_weight"] = more["w_idx_q"].clone()
         given["index_k_norm_weight"] = more["w_idx_k"].clone()
