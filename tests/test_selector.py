@@ -14,7 +14,7 @@ import pytest
 from m3check import dispatch
 from m3check.arch import ARCHS
 from m3check.kernels import parse_spec
-from m3check.kernels.layer_standin import FILES, MSA_FILES, LayerWorld
+from m3check.kernels.layer_standin import FILES, M3, MSA_FILES, LayerWorld
 from m3check.kernels.locate import locate
 from m3check.types import M3CheckError
 
@@ -143,6 +143,68 @@ def test_a_planted_wrong_row_is_found(monkeypatch, op, name, arch, changes, said
     assert spoiled != list(dispatch.ROWS)
     monkeypatch.setattr(dispatch, "ROWS", tuple(spoiled))
     assert any(said in line for line in disagreements("0.33.0", arch)), disagreements("0.33.0", arch)
+
+
+ASKED = {  # what is asked for besides: the row of it, and the class that vLLM then has
+    "context parallelism": ("Triton (amd), context parallel", "MiniMaxM3IndexerTritonCPImpl"),
+    "AITER": ("AITER sparse paged attention", "MiniMaxM3SparseAiterPAImpl"),
+    "NVFP4": ("fmha_sm100 sparse_atten_nvfp4_kv_func", "MiniMaxM3SparseMSAImpl"),
+}
+
+
+@functools.cache
+def chosen_on_request(version: str, arch: str) -> dict[str, str]:
+    """What vLLM chooses where more is asked for than caches and topk; the name of the error where it refuses."""
+    chosen(version, arch)
+    world = selectors(version, ARCHS[arch].vendor)
+    world.only_named(*(f"{M3}.amd.{name}" for name in ("indexer_context_parallel", "sparse_attention_msa")))
+    world._platform._arch = ARCHS[arch]
+    index_file, attend_file = (world.load(name) for name in FILES)
+    vars(index_file)["get_tensor_model_parallel_world_size"] = lambda: 2
+    heads = {"num_kv_heads": 1} if "num_kv_heads" in inspect.signature(attend_file.select_main_impl_cls).parameters else {}
+
+    def asked(choose, **options) -> str:
+        try:
+            return choose(topk_blocks=16, **options).__name__
+        except ValueError as error:
+            return type(error).__name__
+
+    told, plain = {}, world.config
+    with world.entered():
+        world.config = SimpleNamespace(attention_config=SimpleNamespace(minimax_m3_indexer_cp=True))
+        told["context parallelism"] = asked(index_file.select_indexer_impl_cls, indexer_kv_dtype="bf16")
+        world.config, world.aiter = plain, ARCHS[arch].vendor == "amd"
+        told["AITER"] = asked(attend_file.select_main_impl_cls, kv_cache_dtype="auto", **heads)
+        world.aiter = False
+        if hasattr(attend_file, "get_kv_quant_mode"):  # a version before knows no such cache, and looks at no word of it
+            told["NVFP4"] = asked(attend_file.select_main_impl_cls, kv_cache_dtype="nvfp4", **heads)
+    return told
+
+
+def unlike_on_request(version: str, arch: str) -> list[str]:
+    """Where ROWS and vLLM differ in what is only chosen on request."""
+    rows = {row.name for _, row in dispatch.rows(arch, dispatch.version_of(version) or dispatch.LATEST)}
+    told = chosen_on_request(version, arch)
+    return [f"{what}: vLLM has {told.get(what)}, ROWS {row in rows}"
+            for what, (row, name) in ASKED.items() if (told.get(what) == name) != (row in rows)]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_chosen_on_request_agrees_with_the_rows(version):
+    assert {arch: found for arch in ARCHS if (found := unlike_on_request(version, arch))} == {}
+
+
+@pytest.mark.parametrize("what", ASKED)
+def test_a_planted_wrong_row_of_what_is_chosen_on_request_is_found(monkeypatch, what):
+    name = ASKED[what][0]
+    arch = "sm100" if what == "NVFP4" else "gfx950"
+    assert unlike_on_request("0.33.0", arch) == []
+    kept = tuple(row for row in dispatch.ROWS if row.name != name)
+    everywhere = [replace(row, archs=tuple(ARCHS)) for row in dispatch.ROWS if row.name == name]
+    monkeypatch.setattr(dispatch, "ROWS", kept)
+    assert [line.partition(":")[0] for line in unlike_on_request("0.33.0", arch)] == [what]
+    monkeypatch.setattr(dispatch, "ROWS", (*kept, *everywhere))
+    assert [line.partition(":")[0] for line in unlike_on_request("0.33.0", "sm90")] == [what]
 
 
 @pytest.mark.parametrize(
