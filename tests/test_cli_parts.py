@@ -157,6 +157,8 @@ def test_doctor_says_what_is_missing_and_what_to_do(monkeypatch: pytest.MonkeyPa
     assert "pip install 'triton>=3.6'" in lines["triton"].advice
     assert lines["interpreter"].state == "missing"
     assert all(line.advice for line in lines.values() if line.state in ("missing", "broken"))
+    msa = lines["provider fmha_sm100"]  # no package of that name, but a part of vLLM's, or MSA's own
+    assert msa.state == "ok" or ("install one" in msa.advice and "an SM100 or SM103 GPU" in msa.advice)
 
 
 def test_doctor_tells_sound_repaired_and_unrepaired_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from m3check import device, kernels, worker
+from m3check import device, kernels, rerun, worker
 from m3check.kernels.library import Clock, dense, regular
 from m3check.kernels.provider import Loaded, Spec
+from m3check.types import Kernel, M3CheckError, Profile
 
 
 def test_a_clock_tells_of_a_call_and_of_its_end_whatever_comes_of_it():
@@ -39,6 +40,12 @@ def test_a_worker_stops_the_clock_for_a_library_on_a_device(monkeypatch, evidenc
     worker.Service().load(command, sent.append)
     clock.stopped(lambda: None)()
     assert sent == ([{"compiling": True}, {"compiling": False}] if evidence == "device" else [])
+
+
+def test_of_what_a_library_compiles_for_other_batches_nothing_is_said():
+    kernel = Kernel("x", "sparse_attn_decode", "msa_cutlass_sparse_decode", Profile(), print, library=True)
+    with pytest.raises(M3CheckError, match="nothing tells what msa_cutlass_sparse_decode compiles"):
+        rerun._warmed(kernel, None)
 
 
 @pytest.mark.parametrize(

@@ -532,6 +532,22 @@ def clean(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+def test_without_a_compiler_there_is_a_warning_and_every_call_stops_the_clock(tmp_path, clean, monkeypatch, compiler):
+    monkeypatch.setenv("CUDA_HOME", "/cuda" if compiler else "")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("os.path.isdir", lambda path: False)
+    spec = kernels.parse_spec(f"fmha_sm100:{tree(tmp_path, 'fmha_sm100')}")
+    loaded = kernels.load(spec, ARCHS["sm100"], "device", offline=True)
+    assert [("set CUDA_HOME" in line) for line in loaded.warnings] == [True] * (not compiler)
+    told = []
+    loaded.on_compile(told.append)
+    held = runner.Session(ARCHS["sm100"], "interpreted", "cpu", loaded)
+    result = runner.run_one(cases.parse_id(TINY[0]), held, PlanLine(TINY[0], "index_score", spec.text, "interpreted"), "")
+    assert result.status is Status.PASSED, result.reason
+    assert told[:4] == [True, False] * 2, "the plan, and OnlyScore"
+
+
 @pytest.mark.parametrize("inside", ["python/fmha_sm100", "fmha_sm100", ""])
 def test_a_checkout_of_msa_has_prefill_and_selection(tmp_path, clean, inside):
     folder = tmp_path if inside else tmp_path / "fmha_sm100"

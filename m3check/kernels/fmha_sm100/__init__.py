@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from m3check.arch import Arch
 from m3check.kernels.fmha_sm100 import index_decode, index_score, index_topk, sparse_attn, sparse_attn_decode
 from m3check.kernels.fmha_sm100.interface import Interface, imported
-from m3check.kernels.fmha_sm100.locate import locate
+from m3check.kernels.fmha_sm100.locate import locate, warnings
 from m3check.kernels.library import Clock, with_regular_strides
 from m3check.kernels.provider import Loaded, Spec, index_dtypes, with_chains
 from m3check.types import OPS, Case, Evidence, Kernel, Profile
@@ -52,7 +52,7 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
     kernels, missing = adapted(imported(found).timed(clock), spec.text)
     description = {"version": found.version, "from": found.origin, "package": found.package}
     all_kernels, all_missing = with_chains(kernels, missing)
-    return Loaded(spec, all_kernels, all_missing, description, refusal=refusal, on_compile=clock.listen)
+    return Loaded(spec, all_kernels, all_missing, description, warnings(), refusal, on_compile=clock.listen)
 
 
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:

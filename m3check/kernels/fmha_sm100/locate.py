@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +62,14 @@ def beside(folder: Path, version: str) -> Found | None:
     """The package in a folder that holds vllm/, or None."""
     there = (folder / "vllm/third_party/fmha_sm100/api.py").is_file()
     return Found(VENDORED, str(folder), version, str(folder)) if there else None
+
+
+def warnings() -> tuple[str, ...]:
+    """What MSA will miss when it is called, by its own rule: the compiler of all but its CuTe-DSL kernels."""
+    toolkits = ("/usr/local/cuda", "/opt/cuda")
+    if os.environ.get("CUDA_HOME") or shutil.which("nvcc") or any(map(os.path.isdir, toolkits)):
+        return ()
+    return ("MSA compiles kernels with nvcc when they are first called, and none is here: install CUDA, or set CUDA_HOME",)
 
 
 def _at(path: Path) -> Found:

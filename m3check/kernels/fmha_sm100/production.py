@@ -25,7 +25,7 @@ from m3check.kernels.fmha_sm100 import (
 )
 from m3check.kernels.fmha_sm100 import layer as msa_layer
 from m3check.kernels.fmha_sm100.interface import Interface, imported
-from m3check.kernels.fmha_sm100.locate import beside
+from m3check.kernels.fmha_sm100.locate import beside, warnings
 from m3check.kernels.library import Clock, with_regular_strides
 from m3check.kernels.provider import Loaded, with_chains
 from m3check.types import OPS, Case, Evidence, Kernel
@@ -150,6 +150,7 @@ def with_msa(loaded: Loaded, folder: Path) -> Loaded:
         loaded,
         missing={**chosen.missing, **loaded.missing},
         description={**loaded.description, "note": note},
+        warnings=(*loaded.warnings, *warnings()),
         refusal=refusal,
         on_compile=clock.listen,
         produced=chosen.kernels,
