@@ -76,7 +76,10 @@ def parser() -> argparse.ArgumentParser:
     _selection(made["list"])
     made["list"].add_argument("--format", default="table", help="table (default) or json")
     made["archs"].add_argument("--explain", metavar="ARCH", help="one target in full, with the source of each figure")
-    made["kernels"].add_argument("--signatures", action="store_true", help="the functions that your own kernels need")
+    made["kernels"].add_argument(
+        "--signatures", nargs="*", metavar="OP", help="the functions that your own kernels need: of all ops, or of these"
+    )
+    made["kernels"].add_argument("--profile", action="store_true", help="what a kernel may promise, with the defaults")
     for name in ("explain", "shrink"):
         _bench(made[name])
     made["explain"].add_argument("--format", choices=("text", "json"), default="text", help="text (default) or json")

@@ -7,16 +7,20 @@ or hangs costs one case; the run goes on with a fresh one.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
+import re
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 Group = TypeVar("Group", bound=Hashable)
@@ -28,7 +32,15 @@ COMPILE_LIMIT = 600.0
 START_LIMIT = 300.0
 """Seconds until a new worker has loaded its provider."""
 
-STDERR_TAIL = 2000
+SLOW_START = 30.0
+"""Seconds after which a worker that still loads is told of."""
+
+STDERR_TAIL = 4000
+
+STDLIB = sysconfig.get_path("stdlib")
+
+WHERE = signal.SIGUSR1
+"""On which a worker writes to its stderr where it stands, innermost frame first."""
 
 
 @dataclass
@@ -54,6 +66,7 @@ class Worker:
     _buffer: bytes = b""
     _deadline: float = 0.0
     _compiling_since: float | None = None
+    _told: bool = False
 
     def __post_init__(self) -> None:
         ours, theirs = socket.socketpair()
@@ -117,6 +130,23 @@ class Worker:
         slack = COMPILE_LIMIT if self._compiling_since is not None else 0.0
         return time.monotonic() > self._deadline + slack
 
+    def slow(self) -> bool:
+        """Whether it has been loading for long; true once."""
+        told = self._told or time.monotonic() < self._deadline - START_LIMIT + SLOW_START
+        self._told = self._told or not told
+        return not told
+
+    def where(self) -> str:
+        """A clause that says where a process hangs that is about to be ended: its innermost line outside of libraries."""
+        if self.wrapper:
+            return ""  # a signal would reach the program that runs it
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(WHERE)
+        time.sleep(0.3)  # it writes from its signal handler, at once
+        frames = re.findall(r'^  File "(.+)", line (\d+) in (.+)$', self._written(), re.MULTILINE)
+        outside = [frame for frame in frames if "-packages" not in frame[0] and not frame[0].startswith(("<", STDLIB))]
+        return f"; it was at {Path(outside[0][0]).name}:{outside[0][1]}, in {outside[0][2]}" if outside else ""
+
     def death(self) -> str:
         """How the process ended, with the end of what it wrote, in one sentence."""
         code = self._process.wait(timeout=10)
@@ -126,10 +156,13 @@ class Worker:
 
     def tail(self) -> str:
         """The last line of what the worker wrote to its stdout and stderr."""
+        lines = self._written().strip().splitlines()
+        return lines[-1].strip() if lines else ""
+
+    def _written(self) -> str:
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - STDERR_TAIL))
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else ""
+        return str(self._errors.read().decode(errors="replace"))
 
     def kill(self) -> None:
         """End the worker and whatever it started."""
@@ -161,6 +194,7 @@ def serve(
         channel.sendall(json.dumps(message).encode() + b"\n")
 
     lines = _lines(channel)
+    faulthandler.register(WHERE, all_threads=False)
     send({"hello": load(next(lines), send)})
     for message in lines:
         reply = answer(message)
@@ -205,7 +239,9 @@ class Pool(Generic[Group]):
                     worker.hello = hellos[group] = message["hello"]
             for group, worker in self._workers:
                 if worker.hello is None and worker.overdue():
-                    raise ChildProcessError(f"{group} could not be loaded within {START_LIMIT:g} s")
+                    raise ChildProcessError(f"{group} could not be loaded within {START_LIMIT:g} s{worker.where()}")
+                if worker.hello is None and worker.slow():
+                    print(f"m3check: loading {group} takes more than {SLOW_START:g} s", file=sys.stderr)
             if waiting and all(worker.hello is not None for _group, worker in self._workers):
                 self._retire(self._workers[0])
         return hellos
@@ -232,7 +268,7 @@ class Pool(Generic[Group]):
                             self._retire((group, worker))
             for group, worker in list(self._workers):
                 if worker.overdue():
-                    reason = f"no result within {self._limit:g} s; the worker was ended"
+                    reason = f"no result within {self._limit:g} s; the worker was ended{worker.where()}"
                     yield from self._bury(group, worker, "timeout", reason)
 
     def _bury(self, group: Group, worker: Worker, kind: str, reason: str) -> Iterator[tuple[Any, Death]]:

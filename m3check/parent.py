@@ -97,6 +97,7 @@ def record(
         require=options.require,
         interrupted=interrupted,
         breaches=[breach.sentence for breach in judged.breaches],
+        nothing="no case was selected" if judged.results or command else runner.why_none(options),
     )
     return Record(
         schema_version=SCHEMA_VERSION,

@@ -217,10 +217,17 @@ def test_a_red_result_of_a_record_by_its_number(tmp_path):
     assert target(f"{path}#2", None, None) == ("index_score/q=1,kv=300", "./k.py", "sm80")
     assert target(f"{path}#1", None, "sm90") == ("index_score/q=1,kv=200", "./k.py", "sm90")
     assert target("index_score/q=1,kv=9", None, None) == ("index_score/q=1,kv=9", "triton", None)
-    with pytest.raises(M3CheckError, match="has 2 red results; got #3"):
-        target(f"{path}#3", None, None)
-    with pytest.raises(M3CheckError, match="got no #N"):
-        target(str(path), None, None)
+    assert target(f"{tmp_path}#1", None, None) == ("index_score/q=1,kv=200", "./k.py", "sm80")
+    for text, asked in (
+        (f"{path}#3", "there is no #3"),
+        (str(path), "name one of them"),
+        (str(tmp_path), "name one of them"),
+    ):
+        with pytest.raises(M3CheckError, match=f"has 2 red results: {asked}") as caught:
+            target(text, None, None)
+        assert f"{text.partition('#')[0]}#2 crashed index_score/q=1,kv=300 [./k.py]" in str(caught.value)
+    with pytest.raises(M3CheckError, match="has no red result to explain"):
+        target(f"{path}#1", "triton", None)
 
 
 def test_explain_and_shrink_on_the_command_line(tmp_path, capsys):

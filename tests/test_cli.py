@@ -351,6 +351,26 @@ def test_kernels_show_every_provider_and_the_signatures(m3check: Main) -> None:
         if isinstance(node, ast.FunctionDef)
     }
     assert stubs == {op: list(parameters) for op, (parameters, _) in SIGNATURES.items()}
+    _, out, _ = m3check("kernels --signatures index_topk")
+    assert "def index_topk" in out
+    assert "sm_scale" not in out
+    assert not any(f"def {op}(" in out for op in SIGNATURES if op != "index_topk")
+    code, _, err = m3check("kernels --signatures index_tpk")
+    assert code == 4
+    assert "did you mean index_topk?" in err
+
+
+def test_kernels_show_every_promise_as_python_with_its_meaning(m3check: Main) -> None:
+    from dataclasses import fields
+
+    from m3check.types import Profile
+
+    code, out, _ = m3check("kernels --profile")
+    said: dict[str, object] = {}
+    exec("\n".join(line for line in out.splitlines() if not line.startswith(" ")), said)  # its own text, made just now
+    assert code == 0
+    assert {field.name: said[field.name] for field in fields(Profile)} == vars(Profile())
+    assert "smaller_id" in out
 
 
 def test_schema_is_json_on_stdout(m3check: Main) -> None:

@@ -77,7 +77,8 @@ def test_nothing_ran(m3check: Main, workers: Callable[..., list[str]]) -> None:
     code, _, said = m3check("run --arch sm100 -k no_such_word")
 
     assert code == 5
-    assert "nothing ran: no case was selected" in said
+    assert "nothing ran: no case was selected: of " in said
+    assert "cases (tier smoke) -k 'no_such_word' leaves none" in said
 
 
 def test_nothing_ran_outweighs_a_ledger_and_floors(m3check: Main, workers: Callable[..., list[str]]) -> None:

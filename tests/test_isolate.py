@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from m3check import api
+from m3check import api, isolate
 from m3check.config import RunOptions
 from m3check.types import M3CheckError, Status
 
@@ -64,7 +65,18 @@ def test_a_hang_costs_one_case_and_its_time_limit(tmp_path):
     began = time.monotonic()
     record = run(tmp_path, when("len(seq_lens) == 2", "import time; time.sleep(600)"), timeout=12.0)
     assert {r.case: r.status for r in record.results} == {CASE: Status.TIMEOUT, OTHER: Status.PASSED}
+    hung = next(r for r in record.results if r.case == CASE)
+    assert re.search(r"it was at mine\.py:\d+, in index_score", hung.reason)
     assert time.monotonic() - began < 120
+
+
+def test_a_file_that_hangs_while_it_loads_is_told_of_and_ended_with_its_line(tmp_path, monkeypatch, capsys):
+    marker = tmp_path / "loads"
+    monkeypatch.setattr(isolate, "SLOW_START", 0.5)
+    monkeypatch.setattr(isolate.Worker, "overdue", lambda worker: marker.exists())  # not after five minutes
+    with pytest.raises(M3CheckError, match=r"could not be loaded within .* it was at mine\.py:\d+, in <module>"):
+        run(tmp_path, f"open({str(marker)!r}, 'w')\nimport time\ntime.sleep(600)")
+    assert capsys.readouterr().err.count("takes more than 0.5 s") == 1
 
 
 def test_an_exception_is_an_error_with_its_place(tmp_path):

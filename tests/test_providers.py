@@ -163,13 +163,54 @@ def test_a_file_imports_its_neighbours(tmp_path):
         ("index_topk = 3", ["index_topk is int, wanted a function"]),
         ("PROFILE = {}\ndef index_topk(**k): ...", ["PROFILE is dict, wanted m3check.Profile"]),
         ("def index_topk(scores, topk): ...", ["index_topk has a parameter 'scores'", "--signatures"]),
-        ("def index_topk(score, topk): ...", ["lacks", "local_blocks", "--signatures"]),
+        ("def index_topk(score, topk): ...", ["lacks", "local_blocks", "--signatures index_topk"]),
+        ("def index_topk(score, /, **k): ...", ["score by position only", "take out the /"]),
+        ("def sparse_atn_decode(**k): ...", ["defines no kernel (did you mean sparse_attn_decode by sparse_atn_decode?)"]),
+        ("from m3check import Profile\nPROFILE = Profile(tie='any')", ["mine.py:2", "known: kv_layout", "tie_rule"]),
+        ("from m3check import Profile\nPROFILE = Profile(tie_rule='low')", ["mine.py:2", "'low'", "'smaller_id'"]),
     ],
 )
 def test_a_file_that_cannot_serve_is_refused_with_what_and_where(source, words, tmp_path):
     with pytest.raises(M3CheckError) as caught:
         load(user_file(tmp_path, source))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_function_that_is_named_almost_like_an_op_is_no_silent_skip(tmp_path):
+    source = """
+        def index_topk(*positions, **keywords): ...
+        def index_scores(**keywords): ...
+        def sparse_attn_reference(**keywords): ...
+    """
+    missing = load(user_file(tmp_path, source)).missing
+    assert "(did you mean index_score by index_scores?)" in missing["index_score"]
+    assert "did you mean" not in missing["sparse_attn"] + missing["sparse_attn_decode"]
+
+
+def test_a_profile_takes_its_known_words_and_any_set_of_words():
+    assert Profile(bitwise={"repeat"}, id_lists=["full"]) == Profile(
+        bitwise=frozenset({"repeat"}), id_lists=frozenset({"full"})
+    )
+    with pytest.raises(M3CheckError, match=r"Profile\(lse='log2'\): known are 'natural', 'base2'"):
+        Profile(lse="log2")
+    with pytest.raises(M3CheckError, match="wanted a set of words"):
+        Profile(id_lists="short")
+
+
+def test_a_folder_is_no_kernel_file_and_a_name_without_a_dot_is_guessed(tmp_path, monkeypatch):
+    (tmp_path / "some_kernels").mkdir()
+    user_file(tmp_path, "x = 1", "fast.py")
+    monkeypatch.chdir(tmp_path)
+    for text, words in (
+        ("some_kernels", "did you mean a file in that folder, as ./some_kernels/NAME.py?"),
+        ("fast", "did you mean ./fast.py?"),
+        ("tritn", "did you mean triton?"),
+    ):
+        with pytest.raises(M3CheckError, match="unknown provider") as caught:
+            kernels.parse_spec(text)
+        assert words in str(caught.value)
+    with pytest.raises(M3CheckError, match="some_kernels is a folder; wanted a Python file"):
+        load("./some_kernels")
 
 
 @pytest.mark.parametrize("text", ["/no/such/file.py", "no_such_module_here.kernels", "json.kernels"])

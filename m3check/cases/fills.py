@@ -1,7 +1,7 @@
 """How tensor values are made: one small function a fill, each a look-up of random words and some structure.
 
 A fill makes one tensor at a time and is told its role: `idx_q`, `idx_k` (block scores), `scores` (the input of a selection
-alone), `q`, `k`, `v` (attention). What it promises is in its first line and is tested in tests/test_cases_fills.py.
+alone), `q`, `k`, `v` (attention). What it promises is in its first line and is tested in tests/test_probes.py.
 """
 
 from __future__ import annotations

@@ -2,14 +2,16 @@
 
 `sparse_attn/q=5+1,kv=1025+129,h=2,topk=8,cache=fp8_e4m3fn,scale=token,fill=wide~3` is op, then word=value pairs, then the
 seed. Defaults are left out, the order is fixed, and a value repeated in neighbouring requests is written once (`129x64`).
-The generator is keyed by this text, so a default that changed would change inputs: they are frozen (tests/test_cases.py).
+The generator is keyed by this text, so a default that changed would change inputs: they are frozen
+(tests/test_cases_ident.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from m3check.types import DTYPES, OPS, Case, M3CheckError
@@ -70,7 +72,7 @@ def parse_id(text: str) -> Case:
     text = text.strip()
     op, slash, rest = text.partition("/")
     if op not in OPS:
-        raise M3CheckError(f"case {text!r}: unknown op {op!r}; known ops: {', '.join(OPS)}")
+        raise M3CheckError(f"case {text!r}: unknown op {op!r}{_meant(op, OPS)}; known ops: {', '.join(OPS)}")
     if not slash:
         raise M3CheckError(f"case {text!r}: expected a '/' after the op, as in {op}/q=5,kv=1025")
     rest, tilde, seed = rest.partition("~")
@@ -80,7 +82,8 @@ def parse_id(text: str) -> Case:
     for part in rest.split(","):
         word, equals, value = part.partition("=")
         if word not in WORDS or not equals:
-            raise M3CheckError(f"case {text!r}: {part!r} is not word=value with a known word; known: {', '.join(WORDS)}")
+            known = f"{_meant(word, WORDS)}; known: {', '.join(WORDS)}"
+            raise M3CheckError(f"case {text!r}: {part!r} is not word=value with a known word{known}")
         field = WORDS[word]
         if field in values:
             raise M3CheckError(f"case {text!r}: {word} is given twice")
@@ -107,6 +110,12 @@ def _known_word(text: str, word: str, value: str) -> str:
     if value not in known:
         raise M3CheckError(f"case {text!r}: unknown {word} {value!r}; known: {', '.join(known)}")
     return value
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    """A clause with the known word that is nearest, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _number(text: str, what: str, value: str) -> int:

@@ -7,9 +7,13 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 from m3check.commands.talk import emit, talk
 from m3check.types import M3CheckError
+
+LISTED = 10
+"""Red results that are named where none was chosen."""
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -45,15 +49,18 @@ def target(text: str, spec: str | None, arch: str | None) -> tuple[str, str, str
     """(case id, provider, target) of a case id, or of `report.json#N`: the N-th red result of a record, counted from 1."""
     path, hash_, number = text.rpartition("#")
     if not hash_:
-        if text.endswith(".json"):
-            raise M3CheckError(f"{text}#N names the N-th red result of a record, counted from 1; got no #N")
-        return text, spec or "triton", arch
+        if not text.endswith(".json") and not Path(text).is_dir():
+            return text, spec or "triton", arch
+        path = text
     from m3check.api import load_record
     from m3check.types import RED
 
     record = load_record(path)
     red = [result for result in record.results if result.status in RED and (spec is None or result.provider == spec)]
     if not number.isdigit() or not 1 <= int(number) <= len(red):
-        raise M3CheckError(f"{path} has {len(red)} red results; got #{number}")
+        first = "".join(f"\n  {path}#{i} {r.status} {r.case} [{r.provider}]" for i, r in enumerate(red[:LISTED], 1))
+        asked = f"there is no #{number}" if hash_ else "name one of them"
+        count = f"{len(red)} red result{'s' if len(red) != 1 else ''}"
+        raise M3CheckError(f"{path} has {count}: {asked}{first}" if red else f"{path} has no red result to explain")
     result = red[int(number) - 1]
     return result.case, result.provider, arch or record.arch

@@ -16,7 +16,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Print the plan; exits 5 where a run would have nothing to run, 1 where none of it is the required evidence."""
     choose("format", arguments.format, ("table", "json"))
     options = options_of(arguments)
-    from m3check import api, cases, dispatched
+    from m3check import api, cases, dispatched, runner
 
     lines = api.plan(options)
     if arguments.format == "json":
@@ -36,6 +36,8 @@ def main(arguments: argparse.Namespace) -> int:
     skipped = sum(line.skip is not None for line in lines)
     due = [line for line in lines if line.skip is None]
     code, nothing = (0, "") if due else (5, "; nothing would run")
+    if not lines:
+        nothing += f": {runner.why_none(options)}"
     if due and options.require and not any(line.evidence in SUFFICES[options.require] for line in due):
         code, nothing = 1, f"; nothing would have {options.require} evidence, which is required"
     talk(f"m3check: exit {code}: {len(lines)} planned, {skipped} of them skipped{nothing}")

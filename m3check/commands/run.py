@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import platform
+import shlex
 import signal
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from m3check.commands.progress import Progress
 from m3check.commands.talk import drop_stdout, emit, talk
 from m3check.config import Event, RunOptions
 from m3check.gate import Gate
-from m3check.types import Exit, M3CheckError, Record, Result
+from m3check.types import RED, Exit, M3CheckError, Record, Result, Status
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -65,8 +66,16 @@ def finish(record: Record, folder: Path, then: Callable[[Record], None] = lambda
     _print(record)
     then(record)
     github.tell(record)
+    if number := _first(record):
+        talk(f"m3check: what it looks like: m3check explain {shlex.quote(str(folder))}#{number}")
     talk(f"m3check: exit {record.exit.code}: {record.exit.reason}; report: {report}")
     return record.exit.code
+
+
+def _first(record: Record) -> int:
+    """The number that `m3check explain` knows the first red result by that has an answer to look at, or 0."""
+    red = [result for result in record.results if result.status in RED]
+    return next((i for i, r in enumerate(red, 1) if r.status is Status.FAILED and r.evidence != "compiled"), 0)
 
 
 def _covered(event: Event, gate: Gate) -> Event:
@@ -146,8 +155,8 @@ def _print(record: Record) -> None:
     from m3check.report import markdown
 
     try:
-        sections = (markdown.head, markdown.gate, markdown.summary)
-        emit("\n\n".join(text for section in sections if (text := section(record))))
+        told = (markdown.head(record), markdown.gate(record), markdown.summary(record, short=True))
+        emit("\n\n".join(filter(None, told)))
     except OSError as error:  # the report has it all: what becomes of its summary changes no exit code
         drop_stdout()
         talk(f"m3check: the summary cannot be written to stdout: {_os(error)}")

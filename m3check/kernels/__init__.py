@@ -5,6 +5,7 @@ Nothing heavy is imported here; `load` imports a provider's library, and `m3chec
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -98,7 +99,20 @@ def parse_spec(text: str) -> Spec:
     if _MODULE.fullmatch(text):
         return Spec(text, "user", module=text)
     known = " · ".join(form for provider in PROVIDERS for form in provider.grammar)
-    raise M3CheckError(f"unknown provider {text!r}; known: {known}")
+    raise M3CheckError(f"unknown provider {text!r}{_meant(text)}; known: {known}")
+
+
+def _meant(text: str) -> str:
+    """A clause that says what was probably meant: a provider, a file or a package that is here."""
+    close = difflib.get_close_matches(
+        text.partition(":")[0].partition("=")[0], [p.name for p in PROVIDERS if p.name != "user"]
+    )
+    guesses = close[:1]
+    if text and os.path.isfile(f"{text}.py"):
+        guesses.insert(0, f"./{text}.py")
+    elif text and os.path.isdir(text):
+        guesses.insert(0, f"a file in that folder, as {os.path.join('.', text, 'NAME.py')}")
+    return f" (did you mean {guesses[0]}?)" if guesses else ""
 
 
 def prepare(spec: Spec, offline: bool = False) -> tuple[str, ...]:

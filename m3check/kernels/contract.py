@@ -36,18 +36,24 @@ def check_signature(op: str, function: Callable[..., Any], name: str) -> frozens
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return frozenset(known)
+    by_place = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if by_place:
+        raise BrokenContract(
+            f"{name} takes {', '.join(by_place)} by position only, and m3check calls by keyword: take out the /"
+        )
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # nobody promised to write into a buffer unnamed
         return frozenset(p for p in known if p in parameters or p not in calls.of(op).named_only)
     for parameter in parameters.values():
-        if parameter.name not in known and parameter.default is parameter.empty:
+        optional = parameter.default is not parameter.empty or parameter.kind is parameter.VAR_POSITIONAL
+        if parameter.name not in known and not optional:
             raise BrokenContract(
-                f"{name} has a parameter {parameter.name!r} that {op} does not provide; it may take: {', '.join(known)} "
-                "(see m3check kernels --signatures)"
+                f"{name} has a parameter {parameter.name!r} that {op} does not provide: give it a default or take it out; "
+                f"it may take: {', '.join(known)} (see m3check kernels --signatures {op})"
             )
     missing = [p for p in known if p not in parameters and p not in calls.of(op).optional]
     if missing:
-        lacks = f"{name} lacks the parameter(s) {', '.join(missing)} of {op}"
-        raise BrokenContract(f"{lacks} (see m3check kernels --signatures)")
+        lacks = f"{name} lacks the parameter{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        raise BrokenContract(f"{lacks}, without which {op} cannot be right (see m3check kernels --signatures {op})")
     return frozenset(p for p in known if p in parameters)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +26,10 @@ ALIAS = "minimax_m3_"
 
 def prepare(spec: Spec, offline: bool) -> tuple[str, ...]:
     """See that the file or module is there, without running it."""
+    if spec.path and Path(spec.path).is_dir():
+        raise M3CheckError(
+            f"{spec.path} is a folder; wanted a Python file, such as {os.path.join(spec.text, 'kernels.py')}"
+        )
     if spec.path and not Path(spec.path).is_file():
         raise M3CheckError(f"there is no kernel file {spec.path}")
     if spec.module:
@@ -56,11 +62,19 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         promises = profile or (published.profile if published else Profile())
         warm_up = getattr(module, f"warm_up_{op}", published.warm_up_of(module) if published else None)
         kernels[op] = Kernel(spec.text, op, name, promises, function, warm_up=warm_up)
+    missing = {op: f"{spec.text} defines no {op}{_meant(op, module)}" for op in SIGNATURES if op not in kernels}
     if not kernels:
-        raise M3CheckError(f"{spec.text} defines no kernel; wanted functions named {', '.join(SIGNATURES)}")
-    missing = {op: f"{spec.text} defines no {op}" for op in SIGNATURES if op not in kernels}
+        near = "".join(sentence for op in SIGNATURES if (sentence := _meant(op, module)))
+        raise M3CheckError(f"{spec.text} defines no kernel{near}; wanted functions named {', '.join(SIGNATURES)}")
     all_kernels, all_missing = with_chains(kernels, missing)
     return Loaded(spec, all_kernels, all_missing, {"from": getattr(module, "__file__", None) or spec.text, **_hash(module)})
+
+
+def _meant(op: str, module: ModuleType) -> str:
+    """A clause where a function of the file is named almost like an op, so that a slip of the pen is no silent skip."""
+    own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    near = difflib.get_close_matches(op, [name for name in own if name not in SIGNATURES], n=1, cutoff=0.9)
+    return f" (did you mean {op} by {near[0]}?)" if near else ""
 
 
 def _hash(module: ModuleType) -> dict[str, str]:
@@ -127,13 +141,17 @@ def _importable_from_here() -> None:
 
 
 def _where(error: BaseException) -> str:
-    """File and line of the deepest frame outside the import machinery, which is where to look first."""
+    """File and line of the deepest frame outside m3check and the import machinery, which is where to look first."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: "
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
-    own = [f for f in frames if f.filename != __file__ and "importlib" not in Path(f.filename).parts]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    here = Path(__file__).parents[1]
+    own = [f for f in frames if here not in Path(f.filename).parents and "importlib" not in Path(f.filename).parts]
     return f"{own[-1].filename}:{own[-1].lineno}: " if own else ""
 
 
 def _message(error: BaseException) -> str:
-    return error.msg if isinstance(error, SyntaxError) else str(error)
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    if isinstance(error, TypeError) and "Profile.__init__" in text:
+        text += f"; known: {', '.join(field.name for field in fields(Profile))} (see m3check kernels --profile)"
+    return text

@@ -36,8 +36,9 @@ def judge(
     require: Evidence | None = None,
     interrupted: bool = False,
     breaches: Sequence[str] = (),
+    nothing: str = "no case was selected",
 ) -> Exit:
-    """The exit of a run; `breaches` are the sentences of its gate.
+    """The exit of a run; `breaches` are the sentences of its gate, `nothing` says why a plan without a case has none.
 
     `named` are the providers as the user named them; results of others never change the code. With `require`, weaker
     evidence is a failure. Red weighs more than missing: a run that is both exits 1 and says both. Where nothing ran at all,
@@ -59,7 +60,7 @@ def judge(
         worst = ", ".join(f"{n} {word}" for word, n in sorted(red.items(), key=lambda item: (-item[1], item[0])))
         return Exit(RED_RESULTS, "; ".join(filter(None, [f"{worst} of {len(ran)} results", missing, _first(breaches)])))
     if not ran:
-        return Exit(NOTHING_RAN, _why_nothing(counted))
+        return Exit(NOTHING_RAN, _why_nothing(counted, nothing))
     if breaches:
         return Exit(RED_RESULTS, "; ".join(filter(None, [_first(breaches), missing, f"{len(ran)} results, none red"])))
     if missing:
@@ -103,8 +104,8 @@ def _weak(results: Sequence[Result], name: str, require: Evidence | None) -> lis
     ]
 
 
-def _why_nothing(counted: Sequence[Result]) -> str:
+def _why_nothing(counted: Sequence[Result], nothing: str) -> str:
     if not counted:
-        return "nothing ran: no case was selected"
+        return f"nothing ran: {nothing}"
     reason, n = Counter(r.reason for r in counted).most_common(1)[0]
     return f"nothing ran: all {len(counted)} skipped" + (f", {n} because: {reason}" if reason else "")

@@ -90,16 +90,28 @@ def gate(record: Record) -> str:
     return "## Gate\n\n" + "\n".join(lines)
 
 
-def summary(record: Record) -> str:
-    """Op × provider × status."""
+def summary(record: Record, short: bool = False) -> str:
+    """Op × provider × status; where `short`, several ops that a provider skipped altogether share a row."""
     rows, seen = [], [s for s in Status if s.value in record.summary]
-    for op, provider, every in groups(record.results):
+    listed = list(groups(record.results))
+    idle: dict[str, list[tuple[str, list[Result]]]] = {}
+    for op, provider, every in listed if short else ():
+        if not any(ran(r) for r in every):
+            idle.setdefault(provider, []).append((op, every))
+    idle = {provider: skipped for provider, skipped in idle.items() if len(skipped) > 1}
+    for op, provider, every in listed:
+        if op in dict(idle.get(provider, ())):
+            continue
         for kind in sorted({r.evidence for r in every}, key=lambda kind: -EVIDENCE_RANK[kind]):
             results = [r for r in every if r.evidence == kind]
             counts = Counter(r.status for r in results)
             counts[Status.NOTED] = _noted(results)
             shown = kind if any(ran(r) for r in results) else "–"
             rows.append([op, provider, shown, *(counts[s] or "" for s in seen), len(results)])
+    for provider, skipped in idle.items():
+        results = [r for _, every in skipped for r in every]
+        counts = Counter(r.status for r in results)
+        rows.append([f"{len(skipped)} other ops", provider, "–", *(counts[s] or "" for s in seen), len(results)])
     if not rows:
         return ""
     headers = ["op", "provider", "evidence", *(s.value for s in seen), "results"]

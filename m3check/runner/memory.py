@@ -12,13 +12,13 @@ def filled_memory() -> Iterator[None]:
     """torch.empty inside the block gives NaN (floats) or the largest integer, so that an unwritten cell is seen."""
     import torch
 
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # as use_deterministic_algorithms, which also imports a compiler for seconds
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager

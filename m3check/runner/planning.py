@@ -30,17 +30,35 @@ def evidence_for(arch: Arch) -> tuple[Evidence, int, str]:
 
 def chosen_cases(options: RunOptions) -> list[Case]:
     """The cases that the options name, in plan order; raises M3CheckError for what is unknown."""
+    return _narrowed(options)[-1][1]
+
+
+def why_none(options: RunOptions) -> str:
+    """The sentence where nothing is left to run: how many cases there were, and what each flag left of them."""
+    first, *steps = _narrowed(options)
+    emptied = next((i for i, (_, found) in enumerate(steps, 1) if not found), len(steps))
+    left = ", ".join(f"{flag} leaves {len(found) or 'none'}" for flag, found in steps[:emptied])
+    return f"no case was selected: of {len(first[1])} cases ({first[0]}) {left}"
+
+
+def _narrowed(options: RunOptions) -> list[tuple[str, list[Case]]]:
+    """What the options name first, then what each further flag leaves of it: (the flag as typed, cases)."""
     chosen = [cases.parse_id(text) for text in options.cases] or list(cases.tier(options.tier))
+    steps = [("--case" if options.cases else f"tier {options.tier}", chosen)]
     if options.ops:
         chosen = [case for case in chosen if case.op in options.ops]
+        steps.append((f"--op {' '.join(options.ops)}", chosen))
     if options.expr:
         matches = matcher(options.expr)
         chosen = [case for case in chosen if matches(described(case))]
+        steps.append((f"-k {options.expr!r}", chosen))
     if options.seed:
         chosen = [replace(case, seed=options.seed) for case in chosen]
+        steps.append((f"--seed {options.seed}", chosen))
     if options.shard != (1, 1):
         chosen = cases.shard(chosen, *options.shard)
-    return chosen
+        steps.append(("--shard {}/{}".format(*options.shard), chosen))
+    return steps
 
 
 def described(case: Case) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from m3check.types.units import M3CheckError
 
 ODD_SCORES = frozenset({"nan", "mostly_nan", "infinite", "negative_zero", "huge"})
 """Rows of scores out of the ordinary: `nan` where numbers enough to fill the list are left, `mostly_nan` where they are
@@ -51,6 +54,23 @@ class Profile:
     `warm` (after its warm-up, or a first call, batches of other sizes compile nothing),
     `graph` (a CUDA graph can capture the kernel), `apart` (channels, ids and score columns of any stride), `empty` (a batch
     without queries gives an empty result)."""
+
+    def __post_init__(self) -> None:
+        for name, words in _words().items():
+            if (value := getattr(self, name)) not in words:
+                raise M3CheckError(f"Profile({name}={value!r}): known are {', '.join(map(repr, words))}")
+        for name in ("id_lists", "odd_scores", "bitwise"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not all(isinstance(word, str) for word in value):  # in a string, parts are `in`
+                raise M3CheckError(f"Profile({name}={value!r}): wanted a set of words, such as frozenset({{'short'}})")
+            object.__setattr__(self, name, frozenset(value))
+
+
+@cache
+def _words() -> Mapping[str, tuple[str, ...]]:
+    """The values of each field of Profile that has a few."""
+    kinds = get_type_hints(Profile)
+    return {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
 
 
 @dataclass(frozen=True)
