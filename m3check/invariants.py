@@ -200,8 +200,8 @@ INVARIANTS: tuple[Invariant, ...] = (
               "tokens gives the first chunk all blocks of a shorter context", "chunks of other sizes", "memory.longest"),
     Invariant("own_buffers", SELECT | LISTED | LOGITS | {"index_decode_score"}, _live_rows, "a result that is wrong where "
               "a kernel itself allocates it", "kernels that need all of their buffers", "memory.own_buffers"),
-    Invariant("apart", (SINGLE | LOGITS) - AMD_SELECT, _live_rows, "strides of channels, ids and score columns, which are "
-              "1 elsewhere", "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
+    Invariant("apart", (SINGLE | LOGITS | {"index_insert"}) - AMD_SELECT, _live_rows, "strides of channels, ids and score "
+              "columns, which are 1 elsewhere", "scales and block tables", "memory.channels_apart", evidence=INTERPRETED),
     Invariant("future", (CACHED | CHAINS | LOGITS) - LISTED, _both(_draft, _own_block_counts), "a token after the query's "
               "position enters the result",
               "tokens whose weight underflows", "content.future"),

@@ -95,7 +95,8 @@ def profile(op: str) -> Profile:
     Forced blocks are told by a score of 1e29 or 1e30, which infinite and huge scores outrank.
     """
     tie: Literal["smaller_id", "larger_id"] = "smaller_id" if op == "index_decode_table" else "larger_id"
-    return Profile(id_order="score", tie_rule=tie, odd_scores=ODD_SCORES - {"huge", "infinite"})
+    strides = frozenset({"apart"} if op == "index_insert" else ())  # which reads the stride of its channels
+    return Profile(id_order="score", tie_rule=tie, odd_scores=ODD_SCORES - {"huge", "infinite"}, bitwise=strides)
 
 
 def file_of(op: str) -> str:

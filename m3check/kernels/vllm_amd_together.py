@@ -67,9 +67,9 @@ def index_decode_cp(parts: Parts) -> Callable[..., Any]:
     ) -> Tensor:  # fmt: skip
         def scores_of(rank: int, world: int) -> Tensor:
             # The layer owns a buffer for its longest batch and context; the first rank's has not a cell to spare.
-            spare = min(rank, 1) * 3
-            columns = -(-max_seq_len // (128 * world))
-            buffer = torch.full((num_kv_heads, len(idx_q) + spare, columns + spare), torch.nan, device=idx_q.device)
+            rows, columns = (0, 0) if rank == 0 else (3, 5)
+            local = -(-max_seq_len // (128 * world))
+            buffer = torch.full((num_kv_heads, len(idx_q) + rows, local + columns), torch.nan, device=idx_q.device)
             scores: Tensor = parts["indexer_context_scores"](
                 idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, rank, world, decode_query_len, sm_scale, buffer
             )

@@ -227,6 +227,7 @@ CALLS = Calls(
                         "decode_query_len", "completion_counter", "ranks", "sm_scale"}),
     named_only=frozenset({"out"}),
     returnable=frozenset({"out"}),
+    channelled=frozenset({"index_k"}),
     fresh=frozenset({"idx_q", "score", "topk_idx"}),
     token_dimension={"topk_idx": 1},
     held=frozenset({"completion_counter"}),
