@@ -184,6 +184,8 @@ def test_ci_has_the_shapes_that_show_it():
     assert any(case.ids == "beyond" for case in shapes), "rows that the cache does not have"
     several = [case for case in shapes if case.topk > 256 and case.total_queries * case.heads > 64]
     assert any(case.gqa > 64 for case in several), "parts of more rows than one program merges"
+    whole = [case for case in shapes if case.total_queries > 32 and case.topk >= 256 and case.ids == "late"]
+    assert whole, "lists that are not split: an empty tile before others, in one loop"
 
 
 def test_a_promised_base_is_what_is_compared():
