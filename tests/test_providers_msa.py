@@ -535,8 +535,8 @@ def clean(monkeypatch):
 @pytest.mark.parametrize("compiler", [True, False])
 def test_without_a_compiler_there_is_a_warning_and_every_call_stops_the_clock(tmp_path, clean, monkeypatch, compiler):
     monkeypatch.setenv("CUDA_HOME", "/cuda" if compiler else "")
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr("os.path.isdir", lambda path: False)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sys.modules["m3check.kernels.fmha_sm100.locate"], "TOOLKITS", ())
     spec = kernels.parse_spec(f"fmha_sm100:{tree(tmp_path, 'fmha_sm100')}")
     loaded = kernels.load(spec, ARCHS["sm100"], "device", offline=True)
     assert [("set CUDA_HOME" in line) for line in loaded.warnings] == [True] * (not compiler)
@@ -558,6 +558,31 @@ def test_a_checkout_of_msa_has_prefill_and_selection(tmp_path, clean, inside):
     assert {"index_score", "index_topk", "sparse_attn", "prefill"} <= set(loaded.kernels)
     assert "not in MSA" in loaded.missing["index_decode_score"]
     assert "not in MSA" in (loaded.refuses(cases.parse_id(DECODE)) or "")
+
+
+def test_minimaxs_own_msa_is_attended_with_and_not_selected_by(tmp_path, clean):
+    """Its scores are [heads, tiles, tokens], its bound is one number, and its attention returns the output."""
+    folder = tree(tmp_path, "fmha_sm100") / "fmha_sm100"
+    (folder / "api.py").write_text(
+        f"{HELD}_fmha_sm100_plan, _fmha_sm100 = held._fmha_sm100_plan, held._fmha_sm100\n"
+        "def sparse_topk_select(max_score, topk, num_valid_pages=None, output=None):\n    raise AssertionError\n"
+    )
+    lines = (folder / "sparse.py").read_text()
+    body = "    return held.sparse_atten_func(q, *args, out=q.new_empty(q.shape), **options)\n"
+    given = ", ".join(f"{name}=None" for name in inspect.signature(Model.sparse_atten_func).parameters if name not in SLOTS)
+    unpacked = "    options = {k: v for k, v in locals().items() if k not in ('q', 'args')}\n"
+    (folder / "sparse.py").write_text(f"{lines}\ndef sparse_atten_func(q, *args, {given}):\n{unpacked}{body}")
+    spec = kernels.parse_spec(f"fmha_sm100:{tmp_path}")
+    loaded = kernels.load(spec, ARCHS["sm100"], "device", offline=True)
+    for op in ("index_score", "index_topk", "prefill"):
+        assert "this sparse_topk_select has no max_score_layout" in loaded.missing[op]
+    case = f"{TINY[2]},layout=pool"
+    held = runner.Session(ARCHS["sm100"], "interpreted", "cpu", loaded)
+    result = runner.run_one(cases.parse_id(case), held, PlanLine(case, "sparse_attn", spec.text, "interpreted"), "")
+    assert result.status is Status.PASSED, result.reason
+
+
+SLOTS = ("self", "q", "k", "v", "k2q_row_ptr", "k2q_q_indices", "out")
 
 
 def test_vllm_on_an_sm100_gpu_is_productions_pair_and_elsewhere_triton(tmp_path, clean):

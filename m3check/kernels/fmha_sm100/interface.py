@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -20,6 +21,12 @@ _HERE: Mapping[str, tuple[str, str]] = {  # field: (module of the package, funct
     "build_csr": ("sparse", "build_k2q_csr"),
     "attend": ("sparse", "sparse_atten_func"),
 }
+
+HEAD_MAJOR = (
+    "this sparse_topk_select has no max_score_layout, so it is MiniMax's own MSA, whose scores are [heads, tiles, tokens] "
+    "with one bound for all rows; wanted the form that vLLM calls: an installed vLLM, or a checkout of vllm-project/MSA"
+)
+"""Its OnlyScore checks no shape: a buffer of tokens, heads, tiles would be written in the other order, silently."""
 
 _VLLM = "vllm.models.minimax_m3.nvidia"
 
@@ -64,6 +71,15 @@ class Interface:
         return next((self.absent.get(name, f"there is no {name}") for name in names if getattr(self, name) is None), None)
 
 
+def takes(function: Function, name: str) -> bool:
+    """Whether a function has a parameter of that name; one that does not tell is taken to be as in vLLM."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
 def imported(found: Found) -> Interface:
     """Import what a package has; what does not import is absent, and its sentence says why."""
     if found.path and found.path not in sys.path:
@@ -80,5 +96,9 @@ def imported(found: Found) -> Interface:
             held[name] = getattr(importlib.import_module(module), function)
         except (Exception, SystemExit) as error:
             absent[name] = f"{module}.{function} does not import: {type(error).__name__}: {' '.join(str(error).split())}"
+    if "select" in held and not takes(held["select"], "max_score_layout"):
+        for name in ("plan", "run", "select"):
+            held.pop(name, None)
+            absent[name] = HEAD_MAJOR
     assert held.keys() <= {each.name for each in fields(Interface)}
     return Interface(**held, absent=absent)

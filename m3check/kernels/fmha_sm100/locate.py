@@ -15,6 +15,9 @@ from m3check.types import M3CheckError
 VENDORED = "vllm.third_party.fmha_sm100"
 OWN = "fmha_sm100"
 
+TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
+"""Where MSA looks for CUDA last."""
+
 _IN_FOLDER = (  # (from the folder to what must be importable, the package's name from there)
     ("python", OWN),
     ("", OWN),
@@ -66,8 +69,7 @@ def beside(folder: Path, version: str) -> Found | None:
 
 def warnings() -> tuple[str, ...]:
     """What MSA will miss when it is called, by its own rule: the compiler of all but its CuTe-DSL kernels."""
-    toolkits = ("/usr/local/cuda", "/opt/cuda")
-    if os.environ.get("CUDA_HOME") or shutil.which("nvcc") or any(map(os.path.isdir, toolkits)):
+    if os.environ.get("CUDA_HOME") or shutil.which("nvcc") or any(map(os.path.isdir, TOOLKITS)):
         return ()
     return ("MSA compiles kernels with nvcc when they are first called, and none is here: install CUDA, or set CUDA_HOME",)
 
