@@ -160,6 +160,7 @@ def shifted(table):
         (MIXED, "prefill.block_table", shifted, "the pages of request 3 in this cache"),
         (MIXED, "prefill.block_table", lambda _: ("int32", pages(MIXED, "main")[3:]), "request 3 in this cache"),
         (MIXED, "prefill.block_table", lambda held: (held[0], held[1][:1]), "has 1 rows, wanted 2"),
+        (MIXED, "decode.block_table", lambda held: ("int64", held[1]), "is int64, wanted int32"),
         (MIXED, "prefill.page_table", lambda held: (held[0], held[1][1:]), "each request's pages in turn"),
         (MIXED, "prefill_msa.page_table", lambda _: ("int32", pages(MIXED)[3][:4] + pages(MIXED)[3][:3]), "pages in turn"),
         (DRAFTS, "decode.max_decode_query_len", 2, "holds 2, wanted 4, the longest query that counts as a decode"),

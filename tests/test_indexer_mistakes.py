@@ -176,6 +176,27 @@ def test_lists_that_are_returned_the_wrong_way_round_are_told():
     assert words in red(result(MIXED, Swapped)).get("handover", "")
 
 
+class Silent(Composed):
+    """Returns no list of prefilled rows."""
+
+    def forward(self, metadata, tensors):
+        return super().forward(metadata, tensors)[0], None
+
+
+class Mute(Composed):
+    """Returns no list at all, as MSA's class does."""
+
+    def forward(self, metadata, tensors):
+        super().forward(metadata, tensors)
+        return None, None
+
+
+def test_a_part_whose_list_is_not_returned_is_told():
+    assert result(DECODES, Silent).status is Status.PASSED
+    assert result(MIXED, Mute).status is Status.PASSED
+    assert "the indexer returned no list for a part of 5 rows" in red(result(MIXED, Silent)).get("handover", "")
+
+
 class Miscounted(Shifted):
     """Takes the longest query of the batch for that of a decode, which kernels refuse."""
 

@@ -1,7 +1,7 @@
 """What a server builds for a mixed batch before any kernel: counts, lengths, row starts, block tables, of both parts.
 
-What they must be is told by `reference.batch`. They are read by the names of attributes, so that objects of any implementation
-are judged; what one of them lacks is not.
+What they must be is told by `reference.batch`. They are read by the names of attributes, so that any implementation's
+objects are judged; what one of them lacks is not.
 """
 
 from __future__ import annotations
@@ -130,6 +130,8 @@ def _pages(
         value = _at(held, f"{part}.block_table")
         if not isinstance(value, tuple):
             continue
+        if value[0] != "int32":
+            yield f"{part}.block_table", f"is {value[0]}, wanted int32"
         if len(value[1]) != len(rows):
             yield f"{part}.block_table", f"has {len(value[1])} rows, wanted {len(rows)}"
         for i, (cells, right) in enumerate(zip(value[1], rows, strict=False)):
@@ -143,8 +145,11 @@ def _pages(
     flat = [table[entry >> 32][entry & 0xFFFFFFFF] for entry in wanted["prefill_pages"]]
     for name in ("prefill.page_table", "prefill_msa.page_table"):
         value = _at(held, name)
-        if isinstance(value, tuple) and value[1] != flat:
-            yield name, f"holds {_lengths(value[1])}, wanted {_lengths(flat)}: each request's pages in turn"
+        if isinstance(value, tuple) and value != ("int32", flat):
+            yield (
+                name,
+                f"holds {value[0]} {_lengths(value[1])}, wanted int32 {_lengths(flat)}: each request's pages in turn",
+            )
 
 
 def _tokens(held: Mapping[str, Any], wanted: Mapping[str, list[int]], view: View) -> Iterator[tuple[str, str]]:

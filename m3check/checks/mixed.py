@@ -14,12 +14,15 @@ def check_handover(view: View) -> list[Finding]:
     if served is None:
         return []
     rows = int(view.expected["num_decode_tokens"])
-    for told in served.returned:
-        if told is None:
-            continue
-        part, shape, inside, at, same = told
-        span = slice(0, rows) if part == "decode" else slice(rows, view.case.total_queries)
+    spans = {"decode": slice(0, rows), "prefill": slice(rows, view.case.total_queries)}
+    for (part, span), told in zip(spans.items(), served.returned, strict=False):
         where = f"rows [:, {span.start}:{span.stop}] of the id buffer, {part} part"
+        if told is None:
+            if span.start < span.stop and any(served.returned):  # who returns nothing at all writes into the buffer only
+                hint = f"the indexer returned no list for a part of {span.stop - span.start} rows"
+                return [Finding("handover", Status.FAILED, 1.0, 0.0, where, hint)]
+            continue
+        shape, inside, at, same = told
         if not inside:
             hint = "the indexer returned a tensor of its own; a captured graph hands ids over in the persistent buffer only"
             return [Finding("handover", Status.FAILED, 1.0, 0.0, where, hint)]

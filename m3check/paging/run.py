@@ -52,9 +52,9 @@ class Served:
     """[H, T, K]: the persistent score buffer after the step, of an implementation that keeps scores there."""
     unset: list[str] = field(default_factory=list)
     """Score buffers of the metadata that `build` did not fill with -inf."""
-    returned: list[tuple[str, list[int], bool, int | None, bool] | None] = field(default_factory=list)
-    """Of each id list that the indexer returned: part, shape, whether in the id buffer, the row there that it begins in
-    (None of an empty one), whether equal to its rows there."""
+    returned: list[tuple[list[int], bool, int | None, bool] | None] = field(default_factory=list)
+    """Of the lists that the indexer returned of decoded and of prefilled rows: shape, whether in the id buffer, the row
+    there that it begins in (None of an empty one), whether equal to its rows there. None where it returned none."""
 
 
 @dataclass

@@ -143,7 +143,7 @@ class _Step:
         return returned
 
 
-def _returned(name: str, part: Tensor | None, memory: Memory) -> tuple[str, list[int], bool, int | None, bool] | None:
+def _returned(name: str, part: Tensor | None, memory: Memory) -> tuple[list[int], bool, int | None, bool] | None:
     """What `Served.returned` says of a returned list."""
     import torch
 
@@ -154,4 +154,4 @@ def _returned(name: str, part: Tensor | None, memory: Memory) -> tuple[str, list
     wanted = whole[:, :rows] if name == "decode" else whole[:, rows:tokens]
     inside = part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
     first = (part.storage_offset() - whole.storage_offset()) // whole.stride(1) if inside and part.numel() else None
-    return name, list(part.shape), inside, first, part.shape == wanted.shape and bool(torch.equal(part, wanted))
+    return list(part.shape), inside, first, part.shape == wanted.shape and bool(torch.equal(part, wanted))
