@@ -103,9 +103,9 @@ LOGITS = "paged_mqa_logits/q=2x4,kv=131+64+0+65,h=1,g=4,d=32,dtype=fp8_e4m3fn,ca
 def test_logits_are_asked_for_with_minus_infinity_and_come_with_their_warm_up(tmp_path, clean):
     """Some versions leave cells outside a window as they are unless they are told."""
     text = "import torch\n" + PAGES.format(clean=clean[0], fill=clean[1])
-    fake_vllm.tree(tmp_path, {**fake_vllm.files(), f"{OPS}/mqa_logits_triton.py": text})
+    fake_vllm.tree(tmp_path / "checkout", {**fake_vllm.files(), f"{OPS}/mqa_logits_triton.py": text})
     (tmp_path / "mine.py").write_text(text)
-    for spec in (f"vllm:{tmp_path}", tmp_path / "mine.py"):
+    for spec in (f"vllm:{tmp_path / 'checkout'}", tmp_path / "mine.py"):
         loaded, result = results(spec, LOGITS)
         assert result.status is Status.PASSED, result
         kernel, case = loaded.kernels["paged_mqa_logits"], cases.parse_id(LOGITS)
