@@ -15,7 +15,7 @@ from m3check.cases import families
 from m3check.checks import pages
 from m3check.checks.setting import Setting
 from m3check.checks.view import View
-from m3check.kernels import contract, ours, vllm_amd
+from m3check.kernels import contract, ours, vllm_amd, vllm_amd_together
 from m3check.kernels.provider import Loaded, Spec
 from m3check.paging import Run
 from m3check.types import ODD_SCORES, OPS, Case, Kernel, M3CheckError, PlanLine, Profile, Status
@@ -313,7 +313,45 @@ def scored(mistake=""):
                     scores[:, t, place] = -best if mistake == "sign" else best
         return scores
 
-    return vllm_amd.PIECES["index_decode_cp"].composed(exchange() | {"indexer_context_scores": indexer_context_scores})
+    parts = vllm_amd_together.held_to_buffers(exchange() | {"indexer_context_scores": indexer_context_scores})
+    return vllm_amd.PIECES["index_decode_cp"].composed({"IndexerCPDecode": layer(parts, mistake)})
+
+
+def layer(parts, mistake):
+    """vLLM's layer of one rank in plain torch."""
+
+    class Layer:
+        def __init__(
+            self, *, total_heads, rank, world_size, max_tokens, max_seq_len, topk, group, device, head_dim, **forced
+        ):
+            self.local_heads = max(1, total_heads // world_size)
+            self.replicas = max(1, world_size // total_heads)
+            self.head_offset = rank // self.replicas * self.local_heads
+            self.place, self.limit, self.topk, self.forced = (rank, world_size), max_seq_len, topk, forced
+            self.scores = torch.empty(total_heads, max_tokens, -(-max_seq_len // (128 * world_size)))
+
+        def __call__(self, q, cache, table, seq_lens, query_len, out, *, scale):
+            every = self.group.all_gather(q.contiguous(), 0).view(self.place[1], *q.shape)[:: self.replicas]
+            every = every.permute(1, 0, 2, 3).flatten(1, 2)
+            if mistake == "order":
+                every = every.flip(1)
+            scores = parts["indexer_context_scores"](
+                every, cache, table, seq_lens, self.limit, *self.place, query_len, scale, out=self.scores
+            )
+            keys = torch.empty(*scores.shape[:2], self.topk, dtype=torch.int64)
+            rank, world = self.place
+            blocks = -(-self.limit // 128)
+            parts["local_topk_keys"](
+                scores, seq_lens, topk=self.topk, rank=rank, world=world, query_len=query_len, global_blocks=blocks,
+                out=keys, **self.forced,
+            )  # fmt: skip
+            keys = self.group.all_gather(keys, 0).view(world, *keys.shape)
+            own = slice(self.head_offset, self.head_offset + self.local_heads)
+            parts["merge_topk_keys"](
+                keys[:, :1] if mistake == "heads" else keys[:, own], out, seq_lens, query_len=query_len, **self.forced
+            )
+
+    return Layer
 
 
 @pytest.mark.parametrize(
@@ -322,6 +360,8 @@ def scored(mistake=""):
 def test_context_parallel_scoring_is_held_to_the_selection_of_one_process(case):
     assert judged(case, scored(), MERGED) == (Status.PASSED, set())
     for mistake in ("rank", "sign"):
+        assert judged(case, scored(mistake), MERGED)[0] is Status.FAILED, mistake
+    for mistake in ("order", "heads") if "h=2" in case else ():
         assert judged(case, scored(mistake), MERGED)[0] is Status.FAILED, mistake
     found = m3check.verify(case, scored("buffer"), MERGED, invariants=False)
     assert found.status is Status.ERROR
@@ -597,7 +637,7 @@ def test_renumbered_slots_and_pages_stand_for_what_they_did():
 def test_a_function_is_lifted_out_of_a_file_that_cannot_be_imported(tmp_path):
     file = tmp_path / "file.py"
     file.write_text("import vllm_of_nowhere\n\ndef twice(x: vllm_of_nowhere.Tensor):\n    return torch.add(x, x)\n")
-    assert vllm_amd._lifted(file, "twice")(torch.tensor(3)) == 6
+    assert vllm_amd._lifted(file, "twice", {})(torch.tensor(3)) == 6
 
 
 # What runs where.

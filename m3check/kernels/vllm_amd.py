@@ -5,15 +5,18 @@ Most are functions of one file and keep m3check's keywords; what is several is p
 
 from __future__ import annotations
 
+import ast
 import functools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from m3check.arch import Arch
 from m3check.kernels import vllm_amd_together as together
-from m3check.types import ODD_SCORES, Case, Profile
+from m3check.types import BLOCK, ODD_SCORES, Case, Profile
 
 if TYPE_CHECKING:
     from m3check.kernels.standin import World
@@ -26,15 +29,18 @@ class Piece:
     parts: Mapping[str, str]
     """function: its file in amd/ops; the first one gives the piece its parameters unless it is put together."""
     composed: Callable[[together.Parts], Callable[..., Any]] | None = None
+    called: str = ""
+    """What results name, where it is not all functions."""
 
     @property
     def name(self) -> str:
         """The functions as results name them."""
-        return " + ".join(self.parts)
+        return self.called or " + ".join(self.parts)
 
 
-LIFTED = "../../common/sparse_attention"
-"""A file that imports much of vLLM: of it only functions that need nothing but torch are taken, each by itself."""
+SLOTS, LAYER = "../../common/sparse_attention", "../indexer_context_parallel"
+LIFTED = frozenset({SLOTS, LAYER})
+"""Files that import much of vLLM: of them only what needs nothing but torch and other parts is taken, each by itself."""
 
 _EXCHANGE = {"local_topk_keys": "indexer_cp_exchange", "merge_topk_keys": "indexer_cp_exchange"}
 
@@ -42,10 +48,21 @@ PIECES: Mapping[str, Piece] = {
     "sparse_pa_table": Piece({"minimax_m3_build_sparse_block_table_prefill": "sparse_pa"}),
     "sparse_pa_table_decode": Piece({"minimax_m3_build_sparse_block_table_decode": "sparse_pa"}),
     "index_decode_table": Piece({"minimax_m3_index_decode": "index_topk"}),
-    "index_decode_cp": Piece({"indexer_context_scores": "indexer_context_parallel", **_EXCHANGE}, together.index_decode_cp),
+    "index_decode_cp": Piece(
+        {
+            "indexer_context_scores": "indexer_context_parallel",
+            "check_context_score_inputs": "indexer_context_parallel",
+            **_EXCHANGE,
+            "all_gather": "indexer_cp_exchange",
+            "_packed": LAYER,
+            "IndexerCPDecode": LAYER,
+        },
+        together.index_decode_cp,
+        "IndexerCPDecode",
+    ),
     "index_insert": Piece({"minimax_m3_insert_index_cache": "sparse_pa"}),
     "page16_rebase": Piece(
-        {"minimax_m3_rebase_block_table_to_page16": "sparse_pa", "minimax_m3_rebase_slots_to_page16": LIFTED},
+        {"minimax_m3_rebase_block_table_to_page16": "sparse_pa", "minimax_m3_rebase_slots_to_page16": SLOTS},
         together.page16_rebase,
     ),
     "index_topk_cp": Piece(_EXCHANGE, together.index_topk_cp),
@@ -66,9 +83,7 @@ def missing(op: str, ops: Path, arch: Arch, version: str) -> str | None:
     for name, stem in PIECES[op].parts.items():
         functions = _parameters(ops / f"{stem}.py")
         if name not in functions:
-            return (
-                f"vllm {version} has no {name} in {stem.removeprefix('../../') if stem == LIFTED else f'amd/ops/{stem}'}.py"
-            )
+            return f"vllm {version} has no {name} in {os.path.normpath(f'amd/ops/{stem}.py')}"
         if WRITERS.get(op) == name and WRITES not in functions[name]:
             return f"vllm {version}: {name} takes no {WRITES}: it selects, and writes no table"
     return None
@@ -110,22 +125,27 @@ def load(op: str, world: World, package: str, ops: Path) -> Callable[..., Any]:
     parts: dict[str, Any] = {}
     for name, stem in PIECES[op].parts.items():
         path = ops / f"{stem}.py"
-        parts[name] = _lifted(path, name) if stem == LIFTED else getattr(world.load(f"{package}.{stem}"), name)
+        if stem in LIFTED:
+            parts[name] = _lifted(path, name, together.held_to_buffers(parts))
+        else:
+            parts[name] = getattr(world.load(f"{package}.{stem}"), name)
     compose = PIECES[op].composed
     function: Callable[..., Any] = compose(parts) if compose else next(iter(parts.values()))
     return world.inside(function)
 
 
-def _lifted(path: Path, name: str) -> Callable[..., Any]:
-    """One function of a file, executed without the rest of it; its annotations stay text."""
+def _lifted(path: Path, name: str, others: together.Parts) -> Callable[..., Any]:
+    """One function or class of a file, executed beside `others` without the rest of the file; its annotations stay text."""
     import __future__
 
-    import ast
+    import math
 
     import torch
+    import triton
 
-    node = next(n for n in ast.parse(path.read_bytes()).body if isinstance(n, ast.FunctionDef) and n.name == name)
-    space: dict[str, Any] = {"torch": torch}
+    nodes = ast.parse(path.read_bytes()).body
+    node = next(n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name)
+    space: dict[str, Any] = {"torch": torch, "triton": triton, "math": math, "SPARSE_BLOCK_SIZE": BLOCK, **others}
     code = compile(ast.Module([node], []), str(path), "exec", __future__.annotations.compiler_flag)
     exec(code, space)
     function: Callable[..., Any] = space[name]
@@ -140,14 +160,18 @@ def _stand_in(world: World) -> None:
 
     world.add("vllm.distributed")
     world.add("vllm.distributed.parallel_state", GroupCoordinator=object, get_tp_group=no_group)
+    world.add("vllm._aiter_ops", rocm_aiter_ops=SimpleNamespace(get_aiter_allreduce=lambda: None))
 
 
 @functools.cache
 def _parameters(path: Path) -> Mapping[str, tuple[str, ...]]:
-    """The functions of a file and their parameters; none where there is no such file."""
-    import ast
-
+    """The functions of a file and their parameters, and its classes; none where there is no such file."""
     if not path.is_file():
         return {}
-    functions = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.FunctionDef)]
-    return {f.name: tuple(a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)) for f in functions}
+    found: dict[str, tuple[str, ...]] = {}
+    for node in ast.parse(path.read_bytes()).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = tuple(a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs))
+        elif isinstance(node, ast.ClassDef):
+            found[node.name] = ()
+    return found

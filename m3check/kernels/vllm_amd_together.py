@@ -1,15 +1,16 @@
 """Pieces of vLLM's path on AMD that are several functions, put together as its layers call them.
 
 Context parallelism is called in each process of a group; here one process plays all of them in turn, and gathering is
-putting their keys one after the other.
+putting their parts one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m3check.kernels.calls import BrokenContract
+from m3check.types import BLOCK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,35 +21,6 @@ Parts = Mapping[str, Any]
 NO_TABLE: Mapping[str, Any] = {}
 
 
-def _ranks_of(scores_of: Callable[[int, int], Tensor], exchange: Parts, heads: int, tokens: int, ranks: int, topk: int,
-              out: Tensor | None, seq_lens: Tensor, table: Mapping[str, Any] = NO_TABLE, **how: int) -> Tensor:  # fmt: skip
-    """Each rank's keys of its own blocks, then each rank's merge of the heads that it owns, as the model deals them out.
-
-    `table`: what a merge is told that writes a table of pages, too.
-    """
-    import torch
-
-    if out is None:
-        out = torch.empty(heads, tokens, topk, dtype=torch.int32, device=seq_lens.device)
-    gathered = []
-    for rank in range(ranks):
-        keys = torch.empty(heads, tokens, topk, dtype=torch.int64, device=seq_lens.device)
-        exchange["local_topk_keys"](
-            scores_of(rank, ranks), seq_lens, topk=topk, rank=rank, world=ranks, query_len=how["query_len"],
-            global_blocks=how["global_blocks"], init_blocks=how["init_blocks"], local_blocks=how["local_blocks"], out=keys,
-        )  # fmt: skip
-        gathered.append(keys)
-    together = torch.stack(gathered)
-    share, replicas = (heads // ranks, 1) if heads >= ranks else (1, ranks // heads)
-    for rank in range(ranks):
-        own = slice(rank // replicas * share, rank // replicas * share + share)
-        exchange["merge_topk_keys"](
-            together[:, own], out[own, :tokens], seq_lens, query_len=how["query_len"], init_blocks=how["init_blocks"],
-            local_blocks=how["local_blocks"], **table,
-        )  # fmt: skip
-    return out[:, :tokens]
-
-
 def _in_place(result: Tensor, buffer: Tensor, function: str, parameter: str) -> Tensor:
     """The result, which a captured graph finds only where its buffer is."""
     if result.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
@@ -56,29 +28,76 @@ def _in_place(result: Tensor, buffer: Tensor, function: str, parameter: str) -> 
     return result
 
 
+def held_to_buffers(parts: Parts) -> Parts:
+    """The parts as a layer gets them: what is given the layer's own buffer must use it."""
+    name = "indexer_context_scores"
+    if name not in parts:
+        return parts
+
+    def scores(*arguments: Any, out: Tensor) -> Tensor:
+        return _in_place(parts[name](*arguments, out=out), out, name, "out")
+
+    return {**parts, name: scores}
+
+
+class Waiting(Exception):
+    """A rank has come to a gathering that other ranks have not come to."""
+
+
+class Group:
+    """A rank's group, as its layer sees it: what was gathered so far, and an end where it was not yet."""
+
+    def __init__(self, world_size: int, gathered: Sequence[Tensor]) -> None:
+        self.world_size = world_size
+        self._gathered = iter(gathered)
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        """[world_size · n, …] of [n, …]; raises Waiting, with the rank's own part."""
+        for whole in self._gathered:
+            return whole
+        raise Waiting(tensor.clone())
+
+
 def index_decode_cp(parts: Parts) -> Callable[..., Any]:
-    """Scoring of each rank's blocks, then selection and merge."""
+    """The layer's own class, an object of it for each rank. All ranks begin anew after each gathering."""
     import torch
+
+    layer = parts["IndexerCPDecode"]
 
     def play(
         idx_q: Tensor, index_kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int,
         init_blocks: int, local_blocks: int, num_kv_heads: int, decode_query_len: int, sm_scale: float, ranks: int,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        def scores_of(rank: int, world: int) -> Tensor:
-            # The layer owns a buffer for its longest batch and context; the first rank's has not a cell to spare.
-            rows, columns = (0, 0) if rank == 0 else (3, 5)
-            local = -(-max_seq_len // (128 * world))
-            buffer = torch.full((num_kv_heads, len(idx_q) + rows, local + columns), torch.nan, device=idx_q.device)
-            scores: Tensor = parts["indexer_context_scores"](
-                idx_q, index_kv_cache, block_table, seq_lens, max_seq_len, rank, world, decode_query_len, sm_scale, buffer
+        tokens = len(idx_q)
+        if out is None:
+            out = torch.empty(num_kv_heads, tokens, topk, dtype=torch.int32, device=idx_q.device)
+        layers = [
+            layer(
+                total_heads=num_kv_heads, rank=rank, world_size=ranks, max_tokens=tokens + (3 if rank else 0),
+                max_seq_len=max_seq_len, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks, group=None,
+                device=idx_q.device, head_dim=idx_q.shape[2],
             )
-            return _in_place(scores, buffer, "indexer_context_scores", "out")
-
-        return _ranks_of(
-            scores_of, parts, num_kv_heads, idx_q.shape[0], ranks, topk, out, seq_lens, query_len=decode_query_len,
-            global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks, local_blocks=local_blocks,
-        )  # fmt: skip
+            for rank in range(ranks)
+        ]  # fmt: skip
+        gathered: list[Tensor] = []
+        while tokens:  # the layer is not called without a decoded token
+            brought = []
+            for own in layers:
+                own.group = Group(ranks, gathered)
+                own._checked = not idx_q.is_cuda  # it refuses what is not on a GPU
+                heads = slice(own.head_offset, own.head_offset + own.local_heads)
+                try:
+                    own(
+                        idx_q[:, heads], index_kv_cache, block_table, seq_lens, decode_query_len, out[heads, :tokens],
+                        scale=sm_scale,
+                    )  # fmt: skip
+                except Waiting as waiting:
+                    brought.append(waiting.args[0])
+            if not brought:
+                break
+            gathered.append(torch.cat(brought))
+        return out[:, :tokens]
 
     return play
 
@@ -122,11 +141,30 @@ def _merged(
     parts: Parts, score: Tensor, seq_lens: Tensor, max_seq_len: int, topk: int, init_blocks: int, local_blocks: int,
     decode_query_len: int, ranks: int, out: Tensor | None, table: Mapping[str, Any],
 ) -> Tensor:  # fmt: skip
-    return _ranks_of(
-        lambda rank, world: score[..., rank::world], parts, score.shape[0], score.shape[1], ranks, topk, out, seq_lens,
-        table, query_len=decode_query_len, global_blocks=-(-max_seq_len // 128), init_blocks=init_blocks,
-        local_blocks=local_blocks,
-    )  # fmt: skip
+    """Each rank's keys of its own blocks, then each rank's merge of the heads that it owns, as the layer deals them out.
+
+    `table`: what a merge is told that writes a table of pages, too.
+    """
+    import torch
+
+    heads, tokens, _ = score.shape
+    if out is None:
+        out = torch.empty(heads, tokens, topk, dtype=torch.int32, device=score.device)
+    forced = {"query_len": decode_query_len, "init_blocks": init_blocks, "local_blocks": local_blocks}
+    gathered = []
+    for rank in range(ranks):
+        keys = torch.empty(heads, tokens, topk, dtype=torch.int64, device=score.device)
+        parts["local_topk_keys"](
+            score[..., rank::ranks], seq_lens, topk=topk, rank=rank, world=ranks, global_blocks=-(-max_seq_len // BLOCK),
+            out=keys, **forced,
+        )  # fmt: skip
+        gathered.append(keys)
+    together = torch.stack(gathered)
+    share, replicas = (heads // ranks, 1) if heads >= ranks else (1, ranks // heads)
+    for rank in range(ranks):
+        own = slice(rank // replicas * share, rank // replicas * share + share)
+        parts["merge_topk_keys"](together[:, own], out[own, :tokens], seq_lens, **forced, **table)
+    return out[:, :tokens]
 
 
 def page16_rebase(parts: Parts) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ def _vllm(spec: Spec, arch: Arch, offline: bool) -> Sources:
     prefix = TREE.replace("/", ".") + "."
     files = {choice.module.removeprefix(prefix).replace(".", "/") for choice in choices.values()}
     pieces = [piece for op, piece in vllm_amd.PIECES.items() if op not in missing]
-    files |= {f"amd/ops/{stem}" for piece in pieces for stem in piece.parts.values() if stem != vllm_amd.LIFTED}
+    files |= {f"amd/ops/{stem}" for piece in pieces for stem in piece.parts.values() if stem not in vllm_amd.LIFTED}
     trees, stems = {TREE: source.folder}, set[str]()
     beside = vllm_attention.source(spec, source, offline)
     if not isinstance(beside, str):
