@@ -64,6 +64,8 @@ def verify(
     raised for an id that is none, a case that makes no sense, and a function for a chain.
     """
     case = _cases.parse_id(case) if isinstance(case, str) else case
+    if not isinstance(case, Case):
+        raise M3CheckError(f"verify wants a Case or its id first, then the kernel; got {type(case).__name__}")
     function = None
     if not isinstance(kernel, Kernel):
         function = kernel

@@ -38,6 +38,8 @@ def save(case: Case, session: Session, line: PlanLine, folder: Path, description
 
     kernel = session.loaded.kernel(case.op, case)
     assert kernel is not None
+    if OPS[case.op].phase == "mixed" and not kernel.parts:
+        raise M3CheckError(f"{kernel.name} is a layer, host code that no folder holds; only calls of kernels are saved")
     inputs = runner.inputs_for(kernel, case, session.device)
     raised = ""
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from m3check.arch import FP32, Accumulator, Arch, operands_of
-from m3check.types import Kernel
+from m3check.types import OPS, Kernel
 
 _INSTRUCTION = re.compile(r"\b(wgmma\.mma_async[\w.:]*|mma\.sync[\w.:]*|tcgen05\.mma[\w.:]*|v_mfma_\w+)")
 
@@ -26,7 +26,7 @@ class Launches:
 
     def following(self, kernel: Kernel) -> Kernel:
         """The kernel, or the chain, whose launches are put down to its op from now on."""
-        if kernel.parts:
+        if OPS[kernel.op].chain:  # a layer without parts launches what it likes, and is no function to be wrapped
             return replace(kernel, parts={op: self.following(part) for op, part in kernel.parts.items()})
 
         @functools.wraps(kernel.function)

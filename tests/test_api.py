@@ -33,6 +33,11 @@ def test_everything_public_is_there():
         assert getattr(m3check, name) is not None
 
 
+def test_verify_says_what_comes_first():
+    with pytest.raises(M3CheckError, match="wants a Case or its id first, then the kernel; got function"):
+        m3check.verify(lambda: None, CASE)
+
+
 def test_cases_are_those_of_the_tier_and_ops():
     chosen = m3check.cases(tier="smoke", op="index_topk")
     assert chosen

@@ -90,6 +90,16 @@ def test_without_a_terminal_there_is_a_line_for_each_twentieth() -> None:
     assert len(tell.results) == 200
 
 
+def test_without_a_terminal_a_search_is_heard_of_every_minute() -> None:
+    now, stream = [0.0], io.StringIO()
+    tell = Progress(stream, clock=lambda: now[0])
+    for tried in range(1, 101):
+        now[0] += 2.0
+        tell(Event(tried, 0, running="index_topk/q=1,kv=1"))
+
+    assert stream.getvalue().splitlines() == ["30 tried, 0 red", "60 tried, 0 red", "90 tried, 0 red"]
+
+
 def test_a_terminal_has_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)

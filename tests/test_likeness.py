@@ -121,6 +121,13 @@ def explained(text, function, toggled=False):
     return explain(case, session(case.op, function), line(text), toggled=toggled)
 
 
+def test_the_worst_of_a_selection_is_told_as_lists():
+    found = explained("index_topk_cp/q=4,kv=1300,h=2", test_amd.selects("last"))  # heads stand before rows
+
+    assert found.worst
+    assert all("index head" in line and "] instead of [" in line for line in found.worst)
+
+
 @pytest.mark.parametrize("what", ["a part of the list lost", "no relu", "w for 1 + w", "the own block in between"])
 def test_explain_says_the_cause_the_rows_and_the_size(what):
     text, function, name = WRONG[what]

@@ -187,6 +187,25 @@ def test_a_function_that_is_named_almost_like_an_op_is_no_silent_skip(tmp_path):
     assert "did you mean" not in missing["sparse_attn"] + missing["sparse_attn_decode"]
 
 
+def test_a_file_may_have_a_layer_of_its_own_and_says_how_its_ids_stand(tmp_path):
+    from m3check import device
+
+    source = """
+        class Layer:
+            layout = "token"
+            def __call__(self, figures, buffers): ...
+        indexer = Layer()
+    """
+    loaded = load(user_file(tmp_path, source))
+    assert sorted(loaded.kernels) == ["indexer"]
+    assert loaded.kernels["indexer"].function.layout == "token"
+    assert device.Launches().following(loaded.kernels["indexer"]).function is loaded.kernels["indexer"].function
+    assert "defines no index_topk" in loaded.missing["index_topk"]
+    with pytest.raises(M3CheckError, match="to have a layout, 'head' or 'token'") as caught:
+        load(user_file(tmp_path, "def indexer(figures, buffers): ...", "flat.py"))
+    assert "got function with layout None" in str(caught.value)
+
+
 def test_a_profile_takes_its_known_words_and_any_set_of_words():
     assert Profile(bitwise={"repeat"}, id_lists=["full"]) == Profile(
         bitwise=frozenset({"repeat"}), id_lists=frozenset({"full"})

@@ -29,7 +29,7 @@ def check_given(view: View) -> list[Finding]:
         found = difference(view, {name: view.actual(name)}, {name: held.to(view.actual(name).dtype)})
         if found is not None:
             count, where, values = found
-            hint = f"{count} cells of the buffer are not what was returned, whose reader may be either: {values}"
+            hint = f"{count} cells of the buffer differ from the tensor returned, and a caller may read either: {values}"
             return [Finding("given", Status.FAILED, float(count), 0.0, where, hint)]
     return []
 

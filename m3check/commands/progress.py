@@ -12,6 +12,9 @@ from m3check.config import Event
 from m3check.types import Result
 
 STEPS = 20
+SILENCE = 60.0
+"""Seconds after which a line comes although there is no further step, as in a search, whose end nobody knows."""
+
 REDRAW = 0.1
 """Seconds between two redraws: fast enough to look alive, slow enough to cost nothing."""
 
@@ -39,11 +42,12 @@ class Progress:
             self._first_done = max(0, event.done - (event.result is not None))
         if self._terminal:
             self._redraw(event)
-        elif event.result is not None and event.total:
-            step = event.done * STEPS // event.total
-            if step > self._step:
-                self._step = step
-                self._line(f"{event.done} of {event.total} done, {self._red} red")
+        elif event.result is not None or event.running:
+            step = event.done * STEPS // event.total if event.total else 0
+            if step > self._step or self._clock() - self._drawn >= SILENCE:
+                self._step, self._drawn = step, self._clock()
+                done = f"{event.done} of {event.total} done" if event.total else f"{event.done} tried"
+                self._line(f"{done}, {self._red} red")
 
     def close(self) -> None:
         """Leave the terminal's last line empty."""

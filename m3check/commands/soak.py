@@ -73,7 +73,7 @@ def _tables(found: Soak) -> str:
     )
     others = [f"- {r.status} {r.case} [{r.provider}] {r.reason}\n  {r.repro}" for r in found.others[:20]]
     more = [f"- … {len(found.others) - 20} more in the record"] if len(found.others) > 20 else []
-    return "\n\n".join([counts, largest, *(["\n".join(others + more)] if others else [])])
+    return "\n\n".join([counts, *([largest] if ratios else []), *(["\n".join(others + more)] if others else [])])
 
 
 def _seeds(text: str) -> tuple[int, int]:

@@ -62,11 +62,16 @@ def _worst(call: likeness.Call, bad: dict[str, Tensor]) -> list[str]:
                 break
             index = places.unravel(place, ratio.shape)
             row = rows[index[0]]
+            if OUTPUTS[name].rows == 1:  # its heads stand first, and the chart's rows
+                index = (index[1], index[0], *index[2:])
             times = f", {float(flat[place]):.3g} times its bound" if math.isfinite(flat[place]) else ""
-            lines.append(
-                f"`{name}` of request {row.request.index}, token {row.position}, {OUTPUTS[name].place.format(*index)}: "
-                f"{float(call.run.outputs[name][index]):.6g} instead of {float(right[name][index]):.6g}{times}"
-            )
+            where = OUTPUTS[name].place.format(*index)
+            given, wanted = (f"{float(held[name][index]):.6g}" for held in (call.run.outputs, right))
+            if name == "ids":  # judged as a list
+                where = f"index head {index[0]}"
+                given, wanted = (str(held[name][index[:2]].tolist()) for held in (call.run.outputs, right))
+            where = f"request {row.request.index}, token {row.position}, {where}"
+            lines.append(f"`{name}` of {where}: {given} instead of {wanted}{times}")
     return lines[: places.WORST]
 
 

@@ -13,11 +13,13 @@ import traceback
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 from m3check.arch import Arch
 from m3check.kernels import named
 from m3check.kernels.contract import SIGNATURES, check_signature
 from m3check.kernels.provider import Loaded, Spec, with_chains
+from m3check.kernels.serving import Layout
 from m3check.types import Case, Evidence, Kernel, M3CheckError, Profile
 
 ALIAS = "minimax_m3_"
@@ -63,11 +65,29 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
         warm_up = getattr(module, f"warm_up_{op}", published.warm_up_of(module) if published else None)
         kernels[op] = Kernel(spec.text, op, name, promises, function, warm_up=warm_up)
     missing = {op: f"{spec.text} defines no {op}{_meant(op, module)}" for op in SIGNATURES if op not in kernels}
-    if not kernels:
+    layer = _layer(spec, module, profile or Profile())
+    if not kernels and not layer:
         near = "".join(sentence for op in SIGNATURES if (sentence := _meant(op, module)))
-        raise M3CheckError(f"{spec.text} defines no kernel{near}; wanted functions named {', '.join(SIGNATURES)}")
+        wanted = f"{', '.join(SIGNATURES)}, or a layer named indexer"
+        raise M3CheckError(f"{spec.text} defines no kernel{near}; wanted functions named {wanted}")
     all_kernels, all_missing = with_chains(kernels, missing)
+    all_kernels |= layer
+    all_missing = {op: sentence for op, sentence in all_missing.items() if op not in layer}
     return Loaded(spec, all_kernels, all_missing, {"from": getattr(module, "__file__", None) or spec.text, **_hash(module)})
+
+
+def _layer(spec: Spec, module: ModuleType, profile: Profile) -> dict[str, Kernel]:
+    """A whole layer of the file's own, host code included, in the place of ours around its kernels: `indexer`, a Maker."""
+    maker = getattr(module, "indexer", None)
+    if maker is None or isinstance(maker, ModuleType):
+        return {}
+    layout = getattr(maker, "layout", None)
+    if not callable(maker) or layout not in get_args(Layout):
+        raise M3CheckError(
+            f"{spec.text}: indexer is to be called with (figures, buffers) and to have a layout, 'head' or 'token', of its "
+            f"id buffer (m3check.kernels.serving.Maker); got {type(maker).__name__} with layout {layout!r}"
+        )
+    return {"indexer": Kernel(spec.text, "indexer", "indexer", profile, maker)}
 
 
 def _meant(op: str, module: ModuleType) -> str:

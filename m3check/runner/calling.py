@@ -123,7 +123,7 @@ def guarded(kernel: Kernel, run: Callable[[], Answer]) -> Answer:
             return run()
     except M3CheckError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raised = KernelRaised(f"{kernel.name} raised {sentence(error)}")
         raised.run = getattr(error, "run", None)
         raise raised from error
