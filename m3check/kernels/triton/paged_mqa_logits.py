@@ -15,7 +15,7 @@ from m3check.kernels.triton.profile import STEADY as PROFILE
 __all__ = ["PROFILE", "paged_mqa_logits"]
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["columns", "stride_lt"])
 def paged_mqa_logits_kernel(
     q, stride_qr, stride_qn, stride_qh, stride_qd, cache, scales, stride_cp, stride_sp, weights, stride_wt, stride_wh,
     context_lens, table, stride_tr, logits, stride_lt, stride_ln, columns, next_n, heads,
