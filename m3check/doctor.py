@@ -125,19 +125,17 @@ def _interpreter() -> Iterator[Line]:
 
 
 def _providers() -> Iterator[Line]:
-    from m3check.kernels import PROVIDERS, parse_spec, prepare
-    from m3check.types import M3CheckError
+    from m3check.kernels import PROVIDERS, absent
 
     for provider in PROVIDERS:
         forms = ", ".join(provider.grammar)
         if not provider.distribution and provider.name in provider.grammar:  # part of another package, or of one of several
-            try:
-                prepare(parse_spec(provider.name), offline=True)
-                yield Line(f"provider {provider.name}", "ok", f"installed; {forms}")
-            except M3CheckError as error:
+            if sentence := absent(provider):
                 yield Line(
-                    f"provider {provider.name}", "info", f"not installed; {forms}", f"{error}; needs {provider.needs}"
+                    f"provider {provider.name}", "info", f"not installed; {forms}", f"{sentence}; needs {provider.needs}"
                 )
+            else:
+                yield Line(f"provider {provider.name}", "ok", f"installed; {forms}")
         elif not provider.distribution:
             yield Line(f"provider {provider.name}", "ok", f"{forms} (needs {provider.needs})")
         elif version := _version(provider.distribution):

@@ -16,8 +16,9 @@ from fake_fmha_sm100 import Model
 from mixed_layers import launched
 from torch_kernels import RIGHT as RIGHT_TORCH
 
-from m3check import cases, invariants, kernels, power, runner
+from m3check import cases, doctor, invariants, kernels, power, runner
 from m3check.arch import ARCHS
+from m3check.cli import main
 from m3check.kernels import fmha_sm100, vllm_layer
 from m3check.kernels.contract import SIGNATURES
 from m3check.kernels.fmha_sm100 import data, index_decode, production
@@ -558,6 +559,19 @@ def test_a_checkout_of_msa_has_prefill_and_selection(tmp_path, clean, inside):
     assert {"index_score", "index_topk", "sparse_attn", "prefill"} <= set(loaded.kernels)
     assert "not in MSA" in loaded.missing["index_decode_score"]
     assert "not in MSA" in (loaded.refuses(cases.parse_id(DECODE)) or "")
+
+
+def test_kernels_and_doctor_say_whether_it_is_here(tmp_path, clean, monkeypatch, capsys):
+    def told():
+        assert main(["kernels"]) == 0
+        row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| fmha_sm100"))
+        return row.split("|")[-2].strip(), next(line.state for line in doctor._providers() if "fmha_sm100" in line.what)
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    assert told() == ("–", "info")
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(tree(tmp_path, "fmha_sm100")))
+    assert told() == ("yes", "ok")
 
 
 def test_minimaxs_own_msa_is_attended_with_and_not_selected_by(tmp_path, clean):

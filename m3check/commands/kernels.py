@@ -22,9 +22,14 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     from tabulate import tabulate
 
-    from m3check.kernels import PROVIDERS
+    from m3check.kernels import PROVIDERS, absent
 
-    rows = [(p.name, "\n".join(p.grammar), p.summary, p.needs, installed(p.distribution) or "–") for p in PROVIDERS]
+    part = {p.name for p in PROVIDERS if not p.distribution and p.name in p.grammar and absent(p) is None}  # of a package
+
+    rows = [
+        (p.name, "\n".join(p.grammar), p.summary, p.needs, "yes" if p.name in part else installed(p.distribution) or "–")
+        for p in PROVIDERS
+    ]
     headers = ["provider", "SPEC", "what it is", "needs", "installed"]
     emit(tabulate(rows, headers=headers, tablefmt="grid", disable_numparse=True, maxcolwidths=[None, None, 44, 36, None]))
     return 0

@@ -16,7 +16,19 @@ from m3check.kernels.project import SGLANG, VLLM
 from m3check.kernels.provider import Loaded, Provider, Spec
 from m3check.types import Case, Evidence, M3CheckError
 
-__all__ = ["PROVIDERS", "Loaded", "Provider", "Spec", "compiles", "load", "parse_spec", "prepare", "refuses", "suits"]
+__all__ = [
+    "PROVIDERS",
+    "Loaded",
+    "Provider",
+    "Spec",
+    "absent",
+    "compiles",
+    "load",
+    "parse_spec",
+    "prepare",
+    "refuses",
+    "suits",
+]
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider("triton", ("triton",), "m3check's own Triton kernels", "triton", "m3check.kernels.ours", "triton"),
@@ -52,7 +64,7 @@ PROVIDERS: tuple[Provider, ...] = (
         "fmha_sm100",
         ("fmha_sm100", "fmha_sm100:PATH"),
         "MSA's CUTLASS and CuteDSL kernels for SM100 and SM103, which production runs there: of an installed vLLM or MSA, "
-        "or at PATH (a checkout of MiniMax's MSA, a folder that holds vllm/)",
+        "or at PATH (a checkout of vllm-project/MSA, a folder that holds vllm/)",
         "an SM100 or SM103 GPU, vLLM or MSA, nvcc",
         "m3check.kernels.fmha_sm100",
     ),
@@ -122,6 +134,17 @@ def prepare(spec: Spec, offline: bool = False) -> tuple[str, ...]:
     """
     warnings: tuple[str, ...] = _module(spec).prepare(spec, offline)
     return warnings
+
+
+def absent(provider: Provider) -> str | None:
+    """Why what a provider's bare name means is not here; None where it is, or where that cannot be said."""
+    if provider.name not in provider.grammar:
+        return None
+    try:
+        prepare(parse_spec(provider.name), offline=True)
+    except M3CheckError as error:
+        return str(error)
+    return None
 
 
 def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool = False) -> Loaded:

@@ -49,7 +49,7 @@ def locate(spec: Spec) -> Found:
         return Found(OWN, version=_version(OWN))
     raise M3CheckError(
         "fmha_sm100 is not installed here: neither a vLLM with vllm/third_party/fmha_sm100 (0.24.0 and newer, for CUDA) "
-        "nor MiniMax's MSA; install one, or name a checkout of MSA (fmha_sm100:PATH)"
+        "nor MSA by itself; install one, or name a checkout of vllm-project/MSA (fmha_sm100:PATH)"
     )
 
 
@@ -79,7 +79,7 @@ def _at(path: Path) -> Found:
         top = (path / step).resolve()
         if top.joinpath(*package.split("."), "api.py").is_file() and (step != ".." or path.name == OWN):
             return Found(package, str(top), origin=str(path))
-    wanted = "a checkout of MiniMax's MSA (python/fmha_sm100/api.py), or a folder that holds fmha_sm100/ or vllm/"
+    wanted = "a checkout of MSA (python/fmha_sm100/api.py), or a folder that holds fmha_sm100/ or vllm/"
     if not path.exists():
         raise M3CheckError(f"fmha_sm100:PATH: there is nothing at {path}; wanted {wanted}")
     raise M3CheckError(f"fmha_sm100:PATH: {path} has no fmha_sm100/api.py; wanted {wanted}")
