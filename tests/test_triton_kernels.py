@@ -195,7 +195,8 @@ def test_a_nan_key_is_ignored_among_others_and_a_block_of_them_scores_nan():
 def test_a_narrow_tile_and_a_merge_choose_the_same_ids(monkeypatch):
     inputs = case_inputs("index_topk/q=5+3,kv=9000+129,h=3,topk=17,init=2,local=3")
     whole = run(inputs)
-    monkeypatch.setattr(tiles, "selection", lambda columns, rows: (4, 16))
+    monkeypatch.setattr(tiles, "selection_width", lambda columns: 16)
+    monkeypatch.setattr(tiles, "selection_rows", lambda rows, width: 4)
 
     assert torch.equal(run(inputs), whole)
 

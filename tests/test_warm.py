@@ -136,41 +136,109 @@ def test_configurations_that_are_timed_again_are_told(device, monkeypatch):
 
 
 CAPTURED = """
-import json, sys
+import importlib, json, sys
+from dataclasses import replace
+import torch, triton
 from m3check import cases, kernels, warm
 from m3check.arch import ARCHS
 from m3check.compiled import evidence, target
+from m3check.compiled.capture import capturing
+from m3check.kernels import contract
+from m3check.kernels.triton import tiles
+from m3check.paging import World
 
 target.present(ARCHS["sm90"])
-loaded = kernels.load(kernels.parse_spec("triton"), ARCHS["sm90"], "compiled", True)
-for text in sys.argv[1:]:
+ours = kernels.load(kernels.parse_spec("triton"), ARCHS["sm90"], "compiled", True).kernels
+
+def told(text, warmed=True):
     case = cases.parse_id(text)
-    kernel = loaded.kernels[case.op]
-    print(json.dumps([[str(f.status), f.hint] for f in evidence.warmth(case, kernel)]))
+    kernel = ours[case.op] if warmed else replace(ours[case.op], warm_up=None)
+    return [[str(f.status), f.hint] for f in evidence.warmth(case, kernel)]
+
+def variants(text, cut):  # of a call whose lengths and tables begin `cut` requests into others
+    case = cases.parse_id(text)
+    arguments = contract.prepare(ours[case.op], cases.make_inputs(case), World()).arguments
+    for name in {"block_table", "cu_seqlens_q", "seq_lens", "prefix_lens"} & set(arguments):
+        whole = torch.cat([arguments[name][:cut], arguments[name]])
+        arguments[name] = whole[cut:]
+    with capturing() as launches:
+        ours[case.op].function(**arguments)
+    return {launch.candidates[0].variant for launch in launches}
+
+asked = json.loads(sys.argv[1])
+found = {"warm": [told(text) for text in asked["warm"]]}
+found["cold"] = [told(text, False) for text in asked["cold"]]
+found["sliced"] = [len(variants(text, 0) | variants(text, 1)) for text in asked["sliced"]]
+attention = importlib.import_module("m3check.kernels.triton.sparse_attn")
+attention.sparse_attn_kernel = triton.jit(attention.sparse_attn_kernel.fn)
+tiles.selection_rows = lambda rows, width: tiles.power_of_two(rows)
+found["wrong"] = [told(text) for text in asked["wrong"]]
+found["sliced wrong"] = [len(variants(text, 0) | variants(text, 1)) for text in asked["sliced wrong"]]
+print(json.dumps(found))
 """
 
 
-def test_our_kernels_of_other_families_stay_warm_and_our_decode_attention_is_named():
-    """Real specialisations of a target that is not here, captured and not compiled."""
-    ids = [
-        "mla_sparse/q=3+2,kv=150+70,h=1,d=576,topk=64",
-        "mla_sparse/q=3,kv=150,h=1,g=5,d=576,topk=512,dtype=fp32,cache=fp32",
-        "mqa_logits/q=5+3,kv=130+9,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
-        "paged_mqa_logits/q=2x4,kv=131+64+0+65,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
-        "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4",
-        "sparse_attn_decode/q=1x3,kv=2305+0+640",
-    ]
+MANY = "sparse_attn_decode/q=1x70,kv=300x70,h=8,g=1,d=16,topk=3"
+"""Queries enough that no list is cut into parts, as those of few are."""
+
+
+@pytest.fixture(scope="module")
+def captured():
+    """Real specialisations of a target that is not here, captured and not compiled: of our kernels, right and spoiled."""
+    asked = {
+        "warm": [
+            "index_score/q=70,kv=2500",
+            "index_topk/q=2,kv=1409,h=3,topk=1,local=0,layout=pool",
+            "index_decode_score/q=4x2,kv=4097+2303",
+            "index_decode/q=3x3,kv=384+129+255,h=1,topk=3,local=0,layout=pool,mq=6",
+            "sparse_attn/q=1+3+0,kv=1+483+641,h=2,g=5,d=64,topk=3,cache=fp8_e5m2,scale=token,layout=pool",
+            "sparse_attn_decode/q=1x3,kv=2305+0+640",
+            MANY,
+            "mla_sparse/q=3+2,kv=150+70,h=1,d=576,topk=64",
+            "mla_sparse/q=3,kv=150,h=1,g=5,d=576,topk=512,dtype=fp32,cache=fp32",
+            "mqa_logits/q=5+3,kv=130+9,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
+            "paged_mqa_logits/q=2x4,kv=131+64+0+65,h=1,g=4,dtype=fp8_e4m3fn,cache=fp8_e4m3fn",
+            "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4",
+        ],
+        "cold": [MANY, "index_topk/q=2,kv=9000"],
+        "wrong": ["sparse_attn/q=5,kv=700", "index_topk/q=2,kv=1409"],
+        "sliced": ["index_score/q=3,kv=700", "index_topk/q=3,kv=700", "sparse_attn/q=3,kv=700", "index_decode/q=1,kv=700"],
+        "sliced wrong": ["sparse_attn/q=3,kv=700"],
+    }
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURED, *ids], capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    command = [sys.executable, "-c", CAPTURED, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    *warm, attention = (json.loads(line) for line in done.stdout.splitlines())
-    assert warm == [[["passed", ""]]] * 5
-    [[status, hint]] = attention
-    assert status == "noted"
-    assert "16 queries of 16 requests" in hint
-    assert "SHARE is the constant 2, was the constant 1" in hint
+    return {what: dict(zip(asked[what], told, strict=True)) for what, told in json.loads(done.stdout).items()}
+
+
+def test_our_kernels_stay_warm(captured):
+    assert {text: told for text, told in captured["warm"].items() if told != [["passed", ""]]} == {}
+
+
+def test_our_kernels_that_wait_for_a_warm_up_are_red_without_it(captured):
+    [[status, hint]] = captured["cold"][MANY]
+    assert status == "failed"
+    assert "output is *fp32 divisible by 16, was *bf16" in hint  # parts, unnormalised
+    [[status, hint]] = captured["cold"]["index_topk/q=2,kv=9000"]
+    assert status == "failed"
+    assert "COLUMNS is the constant 64, was the constant 256" in hint
+
+
+def test_a_count_that_is_compiled_for_and_tiles_that_follow_the_batch_are_red(captured):
+    [[status, hint]] = captured["wrong"]["sparse_attn/q=5,kv=700"]
+    assert status == "failed"
+    assert "requests is i32" in hint
+    [[status, hint]] = captured["wrong"]["index_topk/q=2,kv=1409"]
+    assert status == "failed"
+    assert "ROWS is the constant" in hint
+
+
+def test_lengths_and_tables_of_the_later_requests_of_a_batch_compile_nothing(captured):
+    """A slice of them is aligned or not by the number of decoded requests before it."""
+    launches = {"index_score": 1, "index_topk": 1, "sparse_attn": 1, "index_decode": 2}
+    assert {text.split("/")[0]: count for text, count in captured["sliced"].items()} == launches
+    assert captured["sliced wrong"] == {"sparse_attn/q=3,kv=700": 2}
 
 
 @pytest.mark.parametrize("text", [CASE, "index_decode/q=1x2,kv=2305+0", "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4"])

@@ -56,7 +56,8 @@ def controls(origin: Sources) -> list[Mutant]:
             _tiles("N2 256 keys a step of attention", origin, ATTENDING, attention_keys=lambda dtype: 256),
             _tiles("N2 16 rows and 32 keys a step of scoring", origin, SCORING, score_rows=lambda rows, dtype: 16,
                    score_keys=lambda dtype: 32),
-            _tiles("N2 selection in parts of 16 blocks", origin, SELECTING, selection=lambda columns, rows: (1, 16)),
+            _tiles("N2 selection in parts of 16 blocks", origin, SELECTING, selection_width=lambda columns: 16,
+                   selection_rows=lambda rows, width: 1),
             _polynomial(origin),
             _edited("N2 exp instead of exp2", origin, ATTENDING, *((file, before, _by_exp(before))
                     for file, pairs in _EXP2.items() for before, _ in pairs)),
@@ -117,10 +118,10 @@ def _polynomial(origin: Sources) -> Mutant:
     replacements = []
     for file, pairs in _EXP2.items():
         replacements += [(file, before, after.replace("{}", "_power")) for before, after in pairs]
-        head = (
-            "\n\n@triton.jit\ndef "
-            + {"attention.py": "attend(", "sparse_attn_decode.py": "sparse_attn_decode_kernel("}[file]
-        )
+        head = {
+            "attention.py": "\n\n@triton.jit\ndef attend(",
+            "sparse_attn_decode.py": "\n\ndef sparse_attn_decode(",
+        }[file]
         replacements.append((file, head, POLYNOMIAL + head))
     return _edited("N2 exp2 by a polynomial", origin, ATTENDING, *replacements)
 

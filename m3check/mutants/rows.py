@@ -181,7 +181,7 @@ ROWS: tuple[Row, ...] = (
              "part = tl.num_programs(2).to(tl.int64) - 1 - tl.program_id(2)"),
             ("sparse_attn_decode.py", "    if parts > 1:\n        sums",
              "    split = parts > 1 and block_table.shape[1] > share\n    if split:\n        sums"),
-            ("sparse_attn_decode.py", "share, parts > 1,", "share, split,"),
+            ("sparse_attn_decode.py", "tiles.power_of_two(topk), parts > 1,", "tiles.power_of_two(topk), split,"),
             ("sparse_attn_decode.py", "    if parts > 1:\n        tile", "    if split:\n        tile"),
         )),
     ), "in the order in which the interpreter runs the programs the result is right: only the race can show"),

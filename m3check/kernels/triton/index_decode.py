@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from m3check.kernels.triton import selection
 from m3check.kernels.triton.index_decode_score import index_decode_score
 from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.selection import launch, select_tile
 
-__all__ = ["PROFILE", "index_decode"]
+__all__ = ["PROFILE", "index_decode", "warm_up"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_oh", "tokens", "columns", "parts"],
+    do_not_specialize_on_alignment=["partial", "out", "seq_lens"],
+)
 def index_decode_select_kernel(
     score, stride_st, stride_sh, stride_sk,
     partial, out, stride_ot, stride_oh, stride_ok,
@@ -66,3 +72,12 @@ def index_decode(
     out = out[:, :tokens]
     launch(index_decode_select_kernel, score, out, topk, (seq_lens, decode_query_len, init_blocks, local_blocks))
     return out
+
+
+def warm_up(topk: int, out: Tensor | None = None, **call: Any) -> None:
+    """Before serving: compile for contexts of every length. The keywords are those of a call of any size.
+
+    Raises ValueError for one without a query.
+    """
+    arguments = (call["seq_lens"], call["decode_query_len"], call["init_blocks"], call["local_blocks"])
+    selection.warm_up(index_decode_select_kernel, index_decode_score(**call), out, topk, arguments)

@@ -16,7 +16,7 @@ from m3check.types import blocks
 __all__ = ["PROFILE", "index_decode_score"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "parts"], do_not_specialize_on_alignment=["table", "seq_lens"])
 def index_decode_score_kernel(
     idx_q, stride_qt, stride_qh, stride_qd,
     cache, stride_cp, stride_ct, stride_cd,

@@ -16,7 +16,10 @@ from m3check.types import blocks
 __all__ = ["PROFILE", "index_score"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["columns", "parts"],
+    do_not_specialize_on_alignment=["table", "cu_seqlens_q", "seq_lens", "prefix_lens"],
+)
 def index_score_kernel(
     idx_q, stride_qt, stride_qh, stride_qd,
     cache, stride_cp, stride_ct, stride_cd,
@@ -66,7 +69,7 @@ def index_score(
     if tokens == 0 or requests == 0:
         return score
     dtype = tiles.compute_dtype(idx_q, index_kv_cache)
-    rows = tiles.score_rows(max_query_len * heads, dtype)
+    rows = tiles.score_rows(64, dtype)  # the most there are, whatever the batch: each number is compiled for
     row_tiles = triton.cdiv(max_query_len * heads, rows)
     parts = tiles.splits(row_tiles * requests, triton.cdiv(blocks(max_seq_len), 4))
     (q, q_form), (cache, k_form) = codes(idx_q), codes(index_kv_cache)

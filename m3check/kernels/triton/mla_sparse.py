@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m3check.kernels.triton import tiles, tuning
 from m3check.kernels.triton.attention import normalised
-from m3check.kernels.triton.profile import STEADY as PROFILE
+from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.sparse_attn_decode import merge_kernel
 from m3check.types import ROPE
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from m3check.kernels.triton import tiles
 from m3check.kernels.triton.dequantise import codes
 from m3check.kernels.triton.logits import weighed_tile
-from m3check.kernels.triton.profile import STEADY as PROFILE
+from m3check.kernels.triton.profile import PROFILE
 
 __all__ = ["PROFILE", "mqa_logits"]
 

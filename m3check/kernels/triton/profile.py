@@ -1,7 +1,5 @@
 """What our Triton kernels need and promise."""
 
-from dataclasses import replace
-
 from m3check.types import ODD_SCORES, Profile
 
 PROFILE = Profile(
@@ -15,8 +13,5 @@ PROFILE = Profile(
     normaliser="sum",
     dequantise="rounded",
     partials="fp32",
-    bitwise=frozenset({"repeat", "far_rows", "far_slots", "graph", "apart", "empty"}),
+    bitwise=frozenset({"repeat", "far_rows", "far_slots", "graph", "apart", "empty", "warm"}),
 )
-
-STEADY = replace(PROFILE, bitwise=PROFILE.bitwise | {"warm"})
-"""Of kernels that compile for heads, channels and dtypes alone, whatever the batch."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from m3check.kernels.triton import tiles
 from m3check.kernels.triton.dequantise import codes
-from m3check.kernels.triton.profile import STEADY as PROFILE
+from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.quantise import encoded
 from m3check.types import BLOCK
 

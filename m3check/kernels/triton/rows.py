@@ -7,15 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
-def request_of(token, cu_seqlens_q, requests, STEPS: tl.constexpr):
+def request_of(token, cu_seqlens_q, requests, steps):
     """How many requests end at or before each query token: its request, or `requests` where it belongs to none.
 
-    STEPS is the bit length of `requests`; a binary search that also steps over requests without queries. Indices are
+    `steps` is the bit length of `requests`; a binary search that also steps over requests without queries. Indices are
     clamped rather than loads masked: Triton 3.6 gives a chain of masked loads two layouts on gfx942 and fails.
     """
     found = token * 0
-    for s in tl.static_range(STEPS):
-        probe = found + (1 << (STEPS - 1 - s))
+    for s in range(steps):
+        probe = found + (1 << (steps - 1 - s))
         end = tl.load(cu_seqlens_q + tl.minimum(probe, requests))
         found = tl.where((probe <= requests) & (end <= token), probe, found)
     return found

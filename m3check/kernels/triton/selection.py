@@ -18,6 +18,9 @@ from m3check.kernels.triton import tiles
 NONE = tl.constexpr(-1)
 ID_MASK = tl.constexpr((1 << 24) - 1)
 
+MERGED = 8
+"""Parts that every merge has room for: on a device a context of a million tokens, so that no shorter one compiles anew."""
+
 
 @triton.jit
 def rank_keys(score, block, seen, visible, init_blocks, local_blocks):
@@ -76,30 +79,36 @@ def select_tile(
         tl.store(out + at, ids.to(out.dtype.element_ty), mask=mask)
 
 
-def launch(kernel, score: Tensor, out: Tensor, topk: int, arguments: tuple[object, ...], **constants: object) -> None:
+def launch(kernel, score: Tensor, out: Tensor, topk: int, arguments: tuple[object, ...]) -> None:
     """Select from score [H, T, K] into out [H, T, topk]: in one launch where a row fits a tile, else in parts and a merge.
 
-    `kernel` finds out what each row sees, from `arguments` and `constants`.
+    `kernel` finds out what each row sees, from `arguments`.
     """
     heads, tokens, columns = score.shape
     if tokens == 0 or columns == 0:
         out.fill_(-1)
         return
-    slots = tiles.power_of_two(topk)
-    rows, width = tiles.selection(columns, tokens * heads)
+    width = tiles.selection_width(columns)
     parts = triton.cdiv(columns, width)
-    size = (score.stride(1), score.stride(0), score.stride(2))
-    to = (out.stride(1), out.stride(0), out.stride(2))
-    grid = (triton.cdiv(tokens * heads, rows), parts)
-    shared = {"H": heads, "TOPK": topk, "SLOTS": slots, "num_warps": 4, **constants}
-    if parts == 1:
-        kernel[grid](score, *size, score, out, *to, *arguments, tokens, columns, parts,
-                     ROWS=rows, COLUMNS=width, STAGE="whole", **shared)  # fmt: skip
-        return
-    partial = torch.empty(tokens * heads, parts, topk, dtype=torch.int64, device=score.device)
-    kernel[grid](score, *size, partial, out, *to, *arguments, tokens, columns, parts,
-                 ROWS=rows, COLUMNS=width, STAGE="part", **shared)  # fmt: skip
-    rows, width = tiles.selection(0, tokens * heads)[0], tiles.power_of_two(parts * topk)
-    rows = max(1, min(rows, 4096 // width))
-    kernel[(triton.cdiv(tokens * heads, rows), 1)](score, *size, partial, out, *to, *arguments, tokens, columns, parts,
-                                                   ROWS=rows, COLUMNS=width, STAGE="merge", **shared)  # fmt: skip
+    partial, steps = score, [("whole", width, 1)]
+    if parts > 1:
+        partial = torch.empty(tokens * heads, parts, topk, dtype=torch.int64, device=score.device)
+        steps = [("part", width, parts), ("merge", tiles.power_of_two(max(parts, MERGED) * topk), 1)]
+    for stage, wide, programs in steps:
+        rows = tiles.selection_rows(tokens * heads, wide)
+        kernel[(triton.cdiv(tokens * heads, rows), programs)](
+            score, score.stride(1), score.stride(0), score.stride(2),
+            partial, out, out.stride(1), out.stride(0), out.stride(2), *arguments, tokens, columns, parts,
+            H=heads, TOPK=topk, SLOTS=tiles.power_of_two(topk), ROWS=rows, COLUMNS=wide, STAGE=stage, num_warps=4,
+        )  # fmt: skip
+
+
+def warm_up(kernel, score: Tensor, out: Tensor | None, topk: int, arguments: tuple[object, ...]) -> None:
+    """Compile `kernel` for scores [H, T, K] of every K, and ids like `out`. Raises ValueError where there is no row."""
+    heads, tokens = score.shape[0], min(score.shape[1], 16)
+    if not tokens:
+        raise ValueError("a warm-up needs a query")
+    for columns in (*tiles.WIDTHS, tiles.WIDTHS[-1] + 16):
+        wide = score.new_zeros(heads, tokens, columns)
+        ids = torch.empty(heads, tokens, topk, dtype=torch.int32, device=score.device) if out is None else out[:, :tokens]
+        launch(kernel, wide, ids, topk, arguments)

@@ -17,7 +17,10 @@ from m3check.kernels.triton.rows import request_of
 __all__ = ["PROFILE", "sparse_attn"]
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_ih", "requests", "steps"],
+    do_not_specialize_on_alignment=["ids", "table", "cu_seqlens_q", "seq_lens", "prefix_lens"],
+)
 def sparse_attn_kernel(
     q, stride_qt, stride_qh, stride_qd,
     cache, stride_cp, stride_ch, stride_ct, stride_cd,
@@ -25,14 +28,14 @@ def sparse_attn_kernel(
     table, stride_tr, stride_tc,
     output, stride_ot, stride_oh, stride_od,
     k_scale, stride_kh, v_scale, stride_vh,
-    cu_seqlens_q, seq_lens, prefix_lens, requests, scale_log2,
+    cu_seqlens_q, seq_lens, prefix_lens, requests, steps, scale_log2,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
-    STEPS: tl.constexpr, FORM: tl.constexpr, SCALES: tl.constexpr, DTYPE: tl.constexpr,
+    FORM: tl.constexpr, SCALES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Grid: query tokens × KV heads; one program takes all query heads of its KV head."""
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1).to(tl.int64)
-    request = request_of(token, cu_seqlens_q, requests, STEPS)
+    request = request_of(token, cu_seqlens_q, requests, steps)
     if request < requests:
         position = tl.load(prefix_lens + request) + token - tl.load(cu_seqlens_q + request)
         kv_len = tl.minimum(position + 1, tl.load(seq_lens + request))
@@ -81,7 +84,7 @@ def sparse_attn(
         q, *q.stride(), cache, *cache.stride(), topk_idx, *topk_idx.stride(), block_table, *block_table.stride(),
         output, *output.stride(), k_scale, k_scale.stride(0) if k_scale is not None else 0,
         v_scale, v_scale.stride(0) if v_scale is not None else 0,
-        cu_seqlens_q, seq_lens, prefix_lens, requests, sm_scale * math.log2(math.e),
+        cu_seqlens_q, seq_lens, prefix_lens, requests, requests.bit_length(), sm_scale * math.log2(math.e),
         gqa, tiles.head_rows(gqa), dim, tiles.attention_keys(dtype), topk, tiles.power_of_two(topk),
-        requests.bit_length(), form, mode, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=tiles.stages(dtype),
+        form, mode, tiles.TL_DTYPES[dtype], num_warps=4, num_stages=tiles.stages(dtype),
     )  # fmt: skip

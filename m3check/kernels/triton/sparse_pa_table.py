@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m3check.kernels.triton.profile import STEADY as PROFILE
+from m3check.kernels.triton.profile import PROFILE
 
 __all__ = ["PROFILE", "sparse_pa_table"]
 

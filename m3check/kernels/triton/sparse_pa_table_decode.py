@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from m3check.kernels.triton.profile import STEADY as PROFILE
+from m3check.kernels.triton.profile import PROFILE
 from m3check.kernels.triton.sparse_pa_table import launch
 
 __all__ = ["PROFILE", "sparse_pa_table_decode"]

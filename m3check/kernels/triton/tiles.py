@@ -60,11 +60,22 @@ def attention_keys(dtype: torch.dtype) -> int:
     return 32 if dtype is torch.float32 else 64
 
 
-def selection(columns: int, rows: int) -> tuple[int, int]:
-    """Rows and columns of one selection tile of sort keys (8 bytes each)."""
-    cells, widest = (1 << 16, 1 << 13) if interpreted() else (1 << 12, 1 << 10)
-    width = max(16, min(power_of_two(columns), widest))
-    return max(1, min(power_of_two(rows), cells // width, 64)), width
+WIDTHS = (64, 256, 1024)
+"""Columns that a selection tile has on a device: few, so that a warm-up can compile for all of them."""
+
+
+def selection_width(columns: int) -> int:
+    """Columns of one selection tile of sort keys (8 bytes each)."""
+    if interpreted():
+        return max(16, min(power_of_two(columns), 1 << 13))
+    return next((width for width in WIDTHS if columns <= width), WIDTHS[-1])
+
+
+def selection_rows(rows: int, width: int) -> int:
+    """Rows of a selection tile of `width` columns; on a device the same for every batch, since it is compiled for."""
+    if interpreted():
+        return max(1, min(power_of_two(rows), (1 << 16) // width, 64))
+    return max(1, (1 << 10) // width)
 
 
 def stages(dtype: torch.dtype) -> int:
@@ -134,14 +145,18 @@ CHOICES = (
             latent_heads=lambda heads: 16,
             latent_keys=lambda dtype: 16,
             logit_keys=lambda: 32,
-            selection=lambda columns, rows: (2, 16),
+            selection_width=lambda columns: 16,
+            selection_rows=lambda rows, width: 2,
             head_tile=lambda: 4,
         ),
     ),
     (
         "no parts, and a tile for each row of a selection",
         partial(
-            chosen, splits=lambda programs, most: 1, selection=lambda columns, rows: (1, max(16, power_of_two(columns)))
+            chosen,
+            splits=lambda programs, most: 1,
+            selection_width=lambda columns: max(16, power_of_two(columns)),
+            selection_rows=lambda rows, width: 1,
         ),
     ),
 )
