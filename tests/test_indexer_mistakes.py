@@ -164,39 +164,6 @@ def test_a_mistake_between_kernels_is_named(kind, text, layout, check, words):
     assert words in told[check]
 
 
-class Swapped(Composed):
-    """Returns the lists of the two parts the wrong way round; the buffer is right."""
-
-    def forward(self, metadata, tensors):
-        return super().forward(metadata, tensors)[::-1]
-
-
-def test_lists_that_are_returned_the_wrong_way_round_are_told():
-    words = "the indexer returned ids that begin in row 3 of the buffer"
-    assert words in red(result(MIXED, Swapped)).get("handover", "")
-
-
-class Silent(Composed):
-    """Returns no list of prefilled rows."""
-
-    def forward(self, metadata, tensors):
-        return super().forward(metadata, tensors)[0], None
-
-
-class Mute(Composed):
-    """Returns no list at all, as MSA's class does."""
-
-    def forward(self, metadata, tensors):
-        super().forward(metadata, tensors)
-        return None, None
-
-
-def test_a_part_whose_list_is_not_returned_is_told():
-    assert result(DECODES, Silent).status is Status.PASSED
-    assert result(MIXED, Mute).status is Status.PASSED
-    assert "the indexer returned no list for a part of 5 rows" in red(result(MIXED, Silent)).get("handover", "")
-
-
 class Miscounted(Shifted):
     """Takes the longest query of the batch for that of a decode, which kernels refuse."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from m3check.checks.scores import plain_scores, slack, visible_cells
 from m3check.checks.selection import forced_blocks
 from m3check.checks.view import View
@@ -39,6 +42,9 @@ def check_handover(view: View) -> list[Finding]:
     if place:
         hint = "attention reads the rows of its own queries: decoded ones first, prefilled ones behind"
         return [Finding("handover", Status.FAILED, 1.0, 0.0, "the id buffer", f"{place}; {hint}")]
+    read = _read_elsewhere(view, rows)
+    if read:
+        return [Finding("handover", Status.FAILED, 1.0, 0.0, "the id buffer", read)]
     row = _misplaced_scores(view)
     if row:
         hint = "these rows belong to this query alone: decoded ones first, prefilled ones behind"
@@ -78,6 +84,35 @@ def check_waits(view: View) -> list[Finding]:
         )
         return [Finding("waits", Status.FAILED, float(len(served.waits)), 0.0, served.waits[0], hint)]
     return [Finding("waits", Status.PASSED, 0.0, 0.0)]
+
+
+def _read_elsewhere(view: View, rows: int) -> str:
+    """Whether attention that is wrong on its own rows' lists is right on those of other rows, or of other heads.
+
+    It names a mistake that is gross: rows off by a twentieth of themselves, where right ones are off by roundings.
+    """
+    case, attend = view.case, view.expected_on
+    if attend is None or case.total_queries > 256:
+        return ""
+    ids, actual = view.actual("ids"), view.actual("out").double().unflatten(1, (case.kv_heads, -1)).flatten(2)
+
+    def off(lists: Tensor) -> Tensor:
+        wanted = attend(lists)["out"].to(actual).unflatten(1, (case.kv_heads, -1)).flatten(2)
+        near: Tensor = (actual - wanted).norm(dim=-1) <= wanted.norm(dim=-1) / 20
+        return ~near
+
+    wrong = off(ids) & (view.rows.visible > 0)[:, None]
+    if not wrong.any():
+        return ""
+    row = torch.arange(case.total_queries, device=view.device)
+    for shift in dict.fromkeys((1, -1, rows, -rows)):
+        judged = wrong & ((row + shift >= 0) & (row + shift < len(row)))[:, None]
+        if judged.any() and not (off(ids.roll(-shift, 1)) & judged).any():
+            return f"attention of row {int(judged.any(1).nonzero()[0])} is that on the list {shift:+d} rows away"
+    for other in range(1, case.kv_heads):
+        if not (off(ids.roll(-other, 0)) & wrong).any():
+            return f"attention of kv head 0 is that on the lists of head {other}"
+    return ""
 
 
 def _misplaced_scores(view: View) -> str:
