@@ -1,4 +1,4 @@
-"""Persistent buffers of the op `indexer`: lists and scores in other rows, or read from others, are told; right ones pass."""
+"""Persistent buffers of the op `indexer`: lists and scores in other rows, or read from there, are told; right ones pass."""
 
 from __future__ import annotations
 
