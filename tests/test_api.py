@@ -45,6 +45,8 @@ def test_cases_are_those_of_the_tier_and_ops():
     assert {case.op for case in m3check.cases("smoke", ("index_topk", "decode"))} == {"index_topk", "decode"}
     with pytest.raises(M3CheckError, match="unknown op 'topk'; known ops: index_score"):
         m3check.cases(op="topk")
+    with pytest.raises(M3CheckError, match=r"\(did you mean index_topk\?\); known ops"):
+        m3check.cases(op="index_topkk")
 
 
 def test_verify_passes_a_right_kernel_and_raises_for_a_wrong_one():

@@ -122,6 +122,8 @@ def test_the_defaults_are_frozen():
     [
         ("", ["unknown op ''", "index_score"]),
         ("attn/q=1,kv=1", ["unknown op 'attn'", "sparse_attn_decode"]),
+        ("index_topkk/q=1,kv=1", ["unknown op 'index_topkk' (did you mean index_topk?)"]),
+        ("index_topk/q=1,kvs=1", ["'kvs=1' is not word=value with a known word (did you mean kv?)"]),
         ("prefill", ["'/'", "prefill/q="]),
         ("prefill/q=1", ["kv=…", "missing"]),
         ("prefill/q=1,kv=1,heads=3", ["'heads=3'", "topk", "icache"]),

@@ -72,7 +72,7 @@ def parse_id(text: str) -> Case:
     text = text.strip()
     op, slash, rest = text.partition("/")
     if op not in OPS:
-        raise M3CheckError(f"case {text!r}: unknown op {op!r}{_meant(op, OPS)}; known ops: {', '.join(OPS)}")
+        raise M3CheckError(f"case {text!r}: unknown op {op!r}{meant(op, OPS)}; known ops: {', '.join(OPS)}")
     if not slash:
         raise M3CheckError(f"case {text!r}: expected a '/' after the op, as in {op}/q=5,kv=1025")
     rest, tilde, seed = rest.partition("~")
@@ -82,7 +82,7 @@ def parse_id(text: str) -> Case:
     for part in rest.split(","):
         word, equals, value = part.partition("=")
         if word not in WORDS or not equals:
-            known = f"{_meant(word, WORDS)}; known: {', '.join(WORDS)}"
+            known = f"{meant(word, WORDS)}; known: {', '.join(WORDS)}"
             raise M3CheckError(f"case {text!r}: {part!r} is not word=value with a known word{known}")
         field = WORDS[word]
         if field in values:
@@ -112,7 +112,7 @@ def _known_word(text: str, word: str, value: str) -> str:
     return value
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
+def meant(word: str, known: Iterable[str]) -> str:
     """A clause with the known word that is nearest, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""

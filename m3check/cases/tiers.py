@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from m3check.cases import families
-from m3check.cases.ident import case_id, parse_id
+from m3check.cases.ident import case_id, meant, parse_id
 from m3check.types import OPS, Case, M3CheckError
 
 DATA = Path(__file__).parent.parent / "data"
@@ -38,7 +38,7 @@ def tier(name: str, ops: Sequence[str] | None = None) -> tuple[Case, ...]:
         raise M3CheckError(f"unknown tier {name!r}; known tiers: {', '.join(TIERS)}")
     for op in ops or ():
         if op not in OPS:
-            raise M3CheckError(f"unknown op {op!r}; known ops: {', '.join(OPS)}")
+            raise M3CheckError(f"unknown op {op!r}{meant(op, OPS)}; known ops: {', '.join(OPS)}")
     cases = _tier(name)
     return tuple(case for case in cases if case.op in ops) if ops else cases
 

@@ -38,7 +38,8 @@ def why_none(options: RunOptions) -> str:
     first, *steps = _narrowed(options)
     emptied = next((i for i, (_, found) in enumerate(steps, 1) if not found), len(steps))
     left = ", ".join(f"{flag} leaves {len(found) or 'none'}" for flag, found in steps[:emptied])
-    return f"no case was selected: of {len(first[1])} cases ({first[0]}) {left}"
+    there = len(first[1])
+    return f"no case was selected: of {there} case{'s' if there != 1 else ''} ({first[0]}) {left}"
 
 
 def _narrowed(options: RunOptions) -> list[tuple[str, list[Case]]]:
