@@ -58,7 +58,9 @@ class Variant:
 
 
 def batches(case: Case) -> list[tuple[str, Case]]:
-    """Batches that the same server may meet after one like `case`, with words: of 1, of 16 and of a few odd requests."""
+    """Batches that the same server may meet after one like `case`, with words: of 1, of 16 and of a few odd requests, and
+    one of so many queries that no kernel cuts their work into parts as it does for few.
+    """
     decode = OPS[case.op].phase == "decode"
     plain = replace(case, fill="gauss", ids="full", seed=0)
     n = max(1, *case.query_lens) if decode else 1
@@ -66,6 +68,7 @@ def batches(case: Case) -> list[tuple[str, Case]]:
         ([n], [130 + n]),
         ([n] * 16, [144] * 16),
         ([n] * 5, [300, 16 + n, 1025, 64 + n, 700]) if decode else ([33, 2, 1], [1025, 2, 70]),
+        ([n] * (600 // n), [16 + n] * (600 // n)) if decode else ([600], [600]),
     )
     return [
         (f"{sum(queries)} queries of {len(queries)} requests, up to {max(lengths)} tokens long",

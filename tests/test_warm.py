@@ -98,8 +98,15 @@ def test_what_was_compiled_before_hides_nothing_and_is_there_again_afterwards(de
 
 def test_a_tile_that_follows_the_batch_is_named(device):
     [red] = device(lambda ids: kernel.run(ids, 5, TILE=ids.shape[1]), PROMISED)
-    assert red.measured == 3.0
+    assert red.measured == 4.0
     assert "TILE is the constant 1, was the constant 3" in red.hint
+
+
+def test_what_only_many_queries_compile_is_told(device):
+    """Work that few queries cut into parts, and many do not."""
+    [red] = device(lambda ids: kernel.run(ids, 5, TILE=8 if ids.shape[1] < 512 else 16), PROMISED)
+    assert red.measured == 1.0
+    assert "600 queries of 1 requests" in red.hint
 
 
 def test_a_kernel_that_compiles_once_passes_and_one_of_torch_is_not_asked(device):
@@ -131,7 +138,7 @@ def test_configurations_that_are_timed_again_are_told(device, monkeypatch):
 
     [red] = device(lambda ids: tuned(ids, lambda ids: ids.shape[1]), PROMISED)
     assert "timed its configurations again" in red.hint
-    assert red.measured == 3.0
+    assert red.measured == 4.0
     assert device(lambda ids: tuned(ids, lambda ids: 7), PROMISED)[0].status is Status.PASSED
 
 
@@ -244,6 +251,7 @@ def test_lengths_and_tables_of_the_later_requests_of_a_batch_compile_nothing(cap
 @pytest.mark.parametrize("text", [CASE, "index_decode/q=1x2,kv=2305+0", "qknorm_rope_insert/q=1+5,kv=300+130,h=2,g=4"])
 def test_batches_differ_in_sizes_alone(text):
     case = cases.parse_id(text)
+    assert max(other.total_queries for _, other in warm.batches(case)) > 512
     for words, other in warm.batches(case):
         cases.parse_id(cases.case_id(other))
         assert words.startswith(f"{other.total_queries} queries of {len(other.kv_lens)} requests")
