@@ -168,7 +168,7 @@ def _switch(command: Any, flag: str, help: str) -> None:
 
 
 def _bench(command: argparse.ArgumentParser) -> None:
-    command.add_argument("case", metavar="CASE", help="a case id, or report.json#N: the N-th red result of a record")
+    command.add_argument("case", metavar="CASE", help="a case id, or FOLDER#N: the N-th red result of its record")
     command.add_argument("--kernels", metavar="SPEC", help="whose kernels (default triton, or the record's)")
     command.add_argument("--arch", metavar="ARCH", help="target (default this machine's GPU, else sm90; or the record's)")
     command.add_argument("--timeout", type=float, metavar="S", help="seconds that one question may take")
