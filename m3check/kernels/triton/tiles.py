@@ -145,8 +145,8 @@ CHOICES = (
             latent_heads=lambda heads: 16,
             latent_keys=lambda dtype: 16,
             logit_keys=lambda: 32,
-            selection_width=lambda columns: 16,
-            selection_rows=lambda rows, width: 2,
+            selection_width=lambda columns: 4,  # more parts than a merge always has room for
+            selection_rows=lambda rows, width: 8,
             head_tile=lambda: 4,
         ),
     ),
