@@ -67,11 +67,11 @@ def _edge_scores(draw: Draw, sign: float) -> Tensor:
 
 
 def close(draw: Draw) -> Tensor:
-    """Neighbouring fp32 numbers around 1 or, every other row, -1, in random order: no bit of a score may be left out."""
+    """Neighbouring fp32 numbers around 1 or, every other row, -1, in an order of each row's own: no bit may be left out."""
     import torch
 
     heads, rows, columns = (draw.arange(axis) for axis in range(3))
-    rank = ((columns * 5167 + rows * 31 + heads * 2477) % 8192).argsort(-1).argsort(-1)
+    rank = (columns * (5167 + 131 * rows + 37 * heads) % 8191).argsort(stable=True, dim=-1).argsort(-1)
     step = (rank - draw.shape[2] // 2).int()
     one = torch.ones(1, device=draw.device).view(torch.int32)  # as bits, which count numbers
     return (one + step).view(torch.float32) * (1.0 - (heads + rows) % 2 * 2.0)

@@ -47,14 +47,16 @@ class Waiting(Exception):
 class Group:
     """A rank's group, as its layer sees it: what was gathered so far, and an end where it was not yet."""
 
-    def __init__(self, world_size: int, gathered: Sequence[Tensor]) -> None:
+    def __init__(self, world_size: int, gathered: Sequence[Sequence[Tensor]]) -> None:
         self.world_size = world_size
         self._gathered = iter(gathered)
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-        """[world_size · n, …] of [n, …]; raises Waiting, with the rank's own part."""
-        for whole in self._gathered:
-            return whole
+        """The parts of all ranks, one after the other along `dim`; raises Waiting, with the rank's own part."""
+        import torch
+
+        for parts in self._gathered:
+            return torch.cat(list(parts), dim)
         raise Waiting(tensor.clone())
 
 
@@ -80,7 +82,7 @@ def index_decode_cp(parts: Parts) -> Callable[..., Any]:
             )
             for rank in range(ranks)
         ]  # fmt: skip
-        gathered: list[Tensor] = []
+        gathered: list[list[Tensor]] = []
         while tokens:  # the layer is not called without a decoded token
             brought = []
             for own in layers:
@@ -96,7 +98,7 @@ def index_decode_cp(parts: Parts) -> Callable[..., Any]:
                     brought.append(waiting.args[0])
             if not brought:
                 break
-            gathered.append(torch.cat(brought))
+            gathered.append(brought)
         return out[:, :tokens]
 
     return play

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from m3check.mutants.kinds import KINDS, Place, called
 from m3check.mutants.reach import Reach
 
-_HINTS = frozenset({"static_assert", "static_print", "gdc_wait", "gdc_launch_dependents", "multiple_of", "max_contiguous"})
+_HINTS = frozenset(
+    {"static_assert", "static_print", "assume", "gdc_wait", "gdc_launch_dependents", "multiple_of", "max_contiguous"}
+)
 """Calls without a result of their own: they rule a configuration out, or say what the compiler or the launcher may do."""
 _PDL = frozenset({"USE_PDL", "use_pdl", "launch_pdl"})
 _SPEED = frozenset(
