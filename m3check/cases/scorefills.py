@@ -71,7 +71,7 @@ def close(draw: Draw) -> Tensor:
     import torch
 
     heads, rows, columns = (draw.arange(axis) for axis in range(3))
-    rank = (columns * (5167 + 131 * rows + 37 * heads) % 8191).argsort(stable=True, dim=-1).argsort(-1)
+    rank = (columns * (6007 + 31 * rows + 37 * heads) % 8191).argsort(stable=True, dim=-1).argsort(-1)
     step = (rank - draw.shape[2] // 2).int()
     one = torch.ones(1, device=draw.device).view(torch.int32)  # as bits, which count numbers
     return (one + step).view(torch.float32) * (1.0 - (heads + rows) % 2 * 2.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from m3check.arch import Arch
 from m3check.kernels.contract import SIGNATURES, check_signature
 from m3check.kernels.provider import Loaded, Spec, with_chains
-from m3check.types import OPS, Case, Evidence, Kernel, M3CheckError, Profile
+from m3check.types import BLOCK, OPS, Case, Evidence, Kernel, M3CheckError, Profile
 
 PACKAGE = "m3check.kernels.triton"
 FOLDER = Path(__file__).parent / "triton"
@@ -47,6 +47,12 @@ def load(spec: Spec, arch: Arch, evidence: Evidence, offline: bool) -> Loaded:
 def refuses(spec: Spec, case: Case, arch: Arch, evidence: Evidence) -> str | None:
     """That there is no such kernel; those that there are take every shape, and decode every fp8 dialect by themselves."""
     return None if OPS[case.op].chain else _missing(case.op)
+
+
+def suits(spec: Spec, invariant: str, case: Case, arch: Arch, evidence: Evidence) -> bool:
+    """Whether an invariant should rather be shown on a case: parts of a selection where the last one fills every slot."""
+    last = case.topk == case.local_blocks and not case.init_blocks and case.context % (16 * BLOCK) == 0
+    return invariant == "tiles" and case.op == "index_topk" and last
 
 
 def _missing(op: str) -> str | None:
