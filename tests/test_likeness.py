@@ -6,7 +6,7 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-import test_amd  # noqa: E402
+import amd_models  # noqa: E402
 import test_latent  # noqa: E402
 import test_logits  # noqa: E402
 import torch_insert  # noqa: E402
@@ -69,7 +69,7 @@ RIGHT = {
     "logits": (LOGITS, test_logits.windowed(order=-1)),
     "paged": (PAGED, test_logits.paged(order=-1)),
     "insert": (INSERT, torch_insert.kernel(normed=lambda x, w, e: x / torch.sqrt(torch_insert.power(x) + e) * (1 + w))),
-    "table": (test_amd.TABLE, test_amd.table(reverse=True)),
+    "table": (amd_models.TABLE, amd_models.table(reverse=True)),
     "keys": (KEYS, inserts()),
 }
 
@@ -100,8 +100,8 @@ WRONG = {
         torch_insert.kernel(rotated=lambda x, cos, sin: torch_insert.rotated(x, cos, -sin)),
         "insert_rotation_back",
     ),
-    "lengths without drafts": (test_amd.TABLE, test_amd.table("length"), "table_request_end"),
-    "the own block in between": (test_amd.TABLE, test_amd.table("order"), "table_order"),
+    "lengths without drafts": (amd_models.TABLE, amd_models.table("length"), "table_request_end"),
+    "the own block in between": (amd_models.TABLE, amd_models.table("order"), "table_order"),
     "the token before": (KEYS, inserts(by=1), "keys_token_before"),
     "nothing written": (KEYS, lambda index_k, index_cache, index_slot_mapping: None, "keys_unwritten"),
 }
@@ -122,7 +122,7 @@ def explained(text, function, toggled=False):
 
 
 def test_the_worst_of_a_selection_is_told_as_lists():
-    found = explained("index_topk_cp/q=4,kv=1300,h=2", test_amd.selects("last"))  # heads stand before rows
+    found = explained("index_topk_cp/q=4,kv=1300,h=2", amd_models.selects("last"))  # heads stand before rows
 
     assert found.worst
     assert all("index head" in line and "] instead of [" in line for line in found.worst)
